@@ -1,0 +1,155 @@
+"""The spectral radius of a layer's Kronecker block, and the eigenvectors that make it cheap to differentiate.
+
+rho_l = lambda_max(A_l) lambda_max(G_l)  [HGNP eq. 1-4]. With its unit eigenvectors held fixed
+
+    lambda_A = 1/N sum_nt (a_nt . v_A)^2,      lambda_G = 1/(N T) sum_nt (g_nt . v_G)^2
+
+are differentiable functions of the weights whose gradient is that of the eigenvalues wherever these are simple
+(Hellmann-Feynman). Neither A nor G is needed: two projections give the values, and a projection followed by its
+adjoint is one step of power iteration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kfac_flat.curvature.kronecker import top_eigenpair
+from kfac_flat.curvature.layers import (
+    Layer,
+    groups_of,
+    input_dim,
+    input_factor,
+    inputs_per_channel,
+    output_dim,
+    output_factor,
+    output_gradients,
+    project_input,
+)
+from kfac_flat.structure import Kept
+
+
+@dataclass(frozen=True)
+class Eigenvectors:
+    """Estimates of the top eigenvectors of a layer's factors, of unit length.
+
+    Attributes:
+        A: ``[groups, d_in]``.
+        G: ``[groups, d_out]``.
+    """
+
+    A: Tensor
+    G: Tensor
+
+    @classmethod
+    def random(cls, layer: Layer, generator: torch.Generator) -> Eigenvectors:
+        """Draw starting vectors on the CPU, so that every device starts alike, and move them to the layer's."""
+        weight = layer.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        A, G = (
+            torch.randn(groups_of(layer), size, generator=generator, dtype=torch.float64).to(weight.device, dtype)
+            for size in (input_dim(layer), output_dim(layer))
+        )
+        return cls(_unit(A), _unit(G))
+
+    def index_select(self, layer: Layer, kept: Kept) -> Eigenvectors:
+        """Return what a cut leaves of them, of unit length; ``layer`` is the layer BEFORE the cut."""
+        inputs, outputs = kept.inputs.to(self.A.device), kept.outputs.to(self.A.device)
+        per_channel = inputs_per_channel(layer)
+        groups = len(inputs) if layer.weight.shape[1] == 1 and groups_of(layer) > 1 else groups_of(layer)  # depthwise
+        A = self.A.reshape(-1, per_channel).index_select(0, inputs).reshape(groups, -1)
+        G = self.G.reshape(-1).index_select(0, outputs).reshape(groups, -1)
+        return Eigenvectors(_unit(A), _unit(G))
+
+
+@dataclass(frozen=True)
+class LayerData:
+    """What one pass over a batch shows of a layer.
+
+    Attributes:
+        layer: The layer.
+        a: Its input, ``[N, ...]``.
+        g: The per-example loss gradient at its output (the gradient of the SUM of the example losses), ``[N, ...]``.
+    """
+
+    layer: Layer
+    a: Tensor
+    g: Tensor
+
+    def detach(self) -> LayerData:
+        """Return the same numbers without their graph."""
+        return LayerData(self.layer, self.a.detach(), self.g.detach())
+
+    def to_working_precision(self) -> LayerData:
+        """Return the data in the weight's dtype, at least float32: squares of half-precision gradients underflow."""
+        dtype = torch.promote_types(self.layer.weight.dtype, torch.float32)
+        return LayerData(self.layer, self.a.to(dtype), self.g.to(dtype))
+
+
+def eigenvalues(data: LayerData, v: Eigenvectors) -> tuple[Tensor, Tensor]:
+    """Rayleigh quotients v_A^T A v_A and v_G^T G v_G, ``[groups]`` each, differentiable in ``a`` and ``g``.
+
+    They are the top eigenvalues when ``v`` holds the top eigenvectors, and below them otherwise.
+    """
+    along_a = project_input(data.layer, data.a, v.A)
+    along_g = torch.einsum("ngct,gc->ngt", output_gradients(data.layer, data.g), v.G)
+    lambda_A = along_a.square().sum((0, 2)) / along_a.shape[0]
+    lambda_G = along_g.square().mean((0, 2))
+    return lambda_A, lambda_G
+
+
+def radius(data: LayerData, v: Eigenvectors) -> Tensor:
+    """rho_l, a scalar differentiable in ``a`` and ``g``: the largest over the layer's groups."""
+    lambda_A, lambda_G = eigenvalues(data, v)
+    return (lambda_A * lambda_G).max()
+
+
+def power_step(data: LayerData, v: Eigenvectors) -> Eigenvectors:
+    """One step of power iteration for A and for G on this batch; a non-finite or vanishing result leaves ``v`` as it was.
+
+    A v is the adjoint of the projection applied to the projection, which autograd supplies: for a convolution the
+    weight gradient of a kernel with one output channel per group, about 2 / C_out of the layer's own forward.
+    """
+    data = data.detach()
+    with torch.enable_grad():
+        v_A = v.A.detach().requires_grad_()
+        along_a = project_input(data.layer, data.a, v_A)
+        (A_v,) = torch.autograd.grad(along_a, v_A, along_a.detach())
+    gradients = output_gradients(data.layer, data.g)
+    G_v = torch.einsum("ngct,ngt->gc", gradients, torch.einsum("ngct,gc->ngt", gradients, v.G))
+    return Eigenvectors(_unit(A_v, otherwise=v.A), _unit(G_v, otherwise=v.G))
+
+
+def exact_eigenvectors(data: LayerData) -> Eigenvectors:
+    """Top eigenvectors of the factors formed explicitly: O(d^3) and a d x d matrix, for tests and small nets."""
+    data = data.detach()
+    return Eigenvectors(
+        top_eigenpair(input_factor(data.layer, data.a))[1],
+        top_eigenpair(output_factor(data.layer, data.g))[1],
+    )
+
+
+def input_mask_gradient(data: LayerData, v: Eigenvectors) -> Tensor:
+    """D rho_l / d m at m = 1 through A alone, m a mask on the layer's input channels.
+
+    A_ij is proportional to m_i m_j, so d rho / d m_i = 2 rho v_A,i^2, summed over the entries of ``a`` that stem from
+    channel i [HGNP eq. 5-6]; only the group that attains rho_l depends on its mask.
+
+    Returns:
+        ``[C_in]``, without a graph.
+    """
+    data = data.detach()
+    lambda_A, lambda_G = eigenvalues(data, v)
+    rho = lambda_A * lambda_G
+    attains = rho == rho.max()
+    per_entry = 2 * (rho * attains)[:, None] * v.A.square()
+    return per_entry.reshape(-1, inputs_per_channel(data.layer)).sum(1)
+
+
+def _unit(vectors: Tensor, otherwise: Tensor | None = None) -> Tensor:
+    """Scale each row to unit length; rows that have no direction are taken from ``otherwise``, or made uniform."""
+    norm = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    fallback = torch.full_like(vectors, vectors.shape[-1] ** -0.5) if otherwise is None else otherwise
+    return torch.where(norm.isfinite() & (norm > 0), vectors / norm, fallback)

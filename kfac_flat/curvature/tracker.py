@@ -1,0 +1,238 @@
+"""rho of a whole model and its gradient, followed from batch to batch.
+
+The eigenvectors of every layer live here, one step of power iteration per batch keeps them close to the top ones, and
+the layer that attains the maximum is known from the batch before, so that nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_flat.curvature.layers import Layer
+from kfac_flat.curvature.radius import (
+    Eigenvectors,
+    LayerData,
+    exact_eigenvectors,
+    input_mask_gradient,
+    power_step,
+    radius,
+)
+from kfac_flat.curvature.twin import CalledTwiceError, Twin, quiet_hooks
+from kfac_flat.structure import Kept
+
+# Power steps on the very first batch, from random vectors; afterwards one per batch tracks the moving eigenvectors.
+_FIRST_STEPS = 20
+
+
+@dataclass(frozen=True)
+class RadiusGradient:
+    """rho, the sum or maximum over layers, and its derivatives.
+
+    Attributes:
+        rho: A scalar without a graph.
+        parameters: d rho / d p for each parameter asked for; None where rho does not depend on it.
+        input_masks: For each layer that rho depends on, by name, d rho / d m through its A, ``[C_in]``.
+    """
+
+    rho: Tensor
+    parameters: list[Tensor | None]
+    input_masks: dict[str, Tensor]
+
+
+class HostCopy:
+    """The value that a device tensor had a while ago, readable without stopping the device."""
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Start copying; the program goes on at once."""
+        if value.device.type != "cuda":
+            self._value = value.detach().to("cpu", copy=True)
+            return
+        if self._value is None or self._value.shape != value.shape:
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        self._value.copy_(value.detach(), non_blocking=True)
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._copied.record(torch.cuda.current_stream(value.device))
+
+    def get(self) -> Tensor | None:
+        """Return the last value put; waits for its copy alone, which has long been made when a step lies between."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._value
+
+
+class RadiusTracker:
+    """Follows rho_l of a model's layers.
+
+    Args:
+        model: The user's model, free of wrappers.
+        names: Names of the Linear and Conv2d modules to follow.
+        reduction: ``"max"``, rho = max_l rho_l [HGNP eq. 3], or ``"sum"``, rho = sum_l rho_l.
+        exact: Form the factors and decompose them at every batch instead of tracking eigenvectors.
+        seed: Of the starting vectors.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str], *, reduction: str, exact: bool, seed: int) -> None:
+        self._model = model
+        self._reduction = reduction
+        self._exact = exact
+        self._seed = seed
+        self._twin: Twin | None = None
+        self._host_radii = HostCopy()
+        self.names = list(names)
+        self.skipped: dict[str, str] = {}
+        self.eigenvectors: dict[str, Eigenvectors] = {}
+        self.radii: dict[str, Tensor] = {}
+
+    def rho(self) -> Tensor | None:
+        """Return rho as last seen, a scalar; None before the first batch."""
+        if not self.radii:
+            return None
+        radii = torch.stack(list(self.radii.values()))
+        return radii.max() if self._reduction == "max" else radii.sum()
+
+    def measure(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor], steps: int = _FIRST_STEPS
+    ) -> None:
+        """Bring eigenvectors and radii up to date on a batch, with several power steps and no gradient of rho."""
+        for name, data in self._read(args, kwargs, loss, create_graph=False).items():
+            self._update(name, data, steps)
+        self._publish()
+
+    def gradient(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        loss: Callable[[Any], Tensor],
+        parameters: Sequence[nn.Parameter],
+    ) -> RadiusGradient:
+        """Differentiate rho on a batch, bringing eigenvectors and radii up to date on the way.
+
+        Args:
+            args: Positional arguments of the model's forward.
+            kwargs: Keyword arguments of it.
+            loss: From the model's output to the sum of the example losses; called twice on the first batch.
+            parameters: What to differentiate with respect to.
+
+        Raises:
+            RuntimeError: if the loss depends on none of the layers.
+        """
+        if not self.radii:
+            self.measure(args, kwargs, loss)
+        seen = self._read(args, kwargs, loss, create_graph=True)
+        active = self._active(seen)
+        terms: dict[str, Tensor] = {}
+        input_masks: dict[str, Tensor] = {}
+        for name, data in seen.items():
+            rho_l = self._update(name, data if name in active else data.detach(), steps=1)
+            if name in active:
+                terms[name] = rho_l
+                input_masks[name] = input_mask_gradient(data, self.eigenvectors[name])
+        rho = torch.stack(list(terms.values())).sum()
+        self._publish()
+        gradients: list[Tensor | None] = [None] * len(parameters)
+        if rho.requires_grad:
+            with quiet_hooks():
+                gradients = list(torch.autograd.grad(rho, parameters, allow_unused=True))
+        return RadiusGradient(rho.detach(), gradients, input_masks)
+
+    def selected(self, kept: Mapping[str, Kept]) -> dict[str, Eigenvectors]:
+        """Eigenvectors as they will be after a cut that is still to come."""
+        return {
+            name: v.index_select(self._layer(name), kept[name]) if name in kept else v
+            for name, v in self.eigenvectors.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Eigenvectors and radii as plain tensors."""
+        return {
+            "eigenvectors": {name: {"A": v.A, "G": v.G} for name, v in self.eigenvectors.items()},
+            "radii": dict(self.radii),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: if a layer is unknown or has another shape.
+        """
+        for name, v in state["eigenvectors"].items():
+            if name not in self.names:
+                raise ValueError(f"the checkpoint follows a layer {name!r} that this optimizer does not")
+            expected = Eigenvectors.random(self._layer(name), torch.Generator())
+            if v["A"].shape != expected.A.shape or v["G"].shape != expected.G.shape:
+                raise ValueError(
+                    f"layer {name!r} has another shape than in the checkpoint: "
+                    "load the pruner's state into the dense model first, then the optimizer's"
+                )
+        device = next(self._model.parameters()).device
+        self.eigenvectors = {
+            name: Eigenvectors(v["A"].to(device, copy=True), v["G"].to(device, copy=True))
+            for name, v in state["eigenvectors"].items()
+        }
+        self.radii = {name: r.to(device, copy=True) for name, r in state["radii"].items()}
+        if self.radii:
+            self._publish()
+
+    def _layer(self, name: str) -> Layer:
+        return self._model.get_submodule(name)  # type: ignore[return-value]
+
+    def _read(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor], *, create_graph: bool
+    ) -> dict[str, LayerData]:
+        """Read the twin, made anew where the model has changed; layers that have no single call are left out."""
+        if self._twin is None or not self._twin.is_current():
+            self._twin = Twin(self._model, self.names)
+        try:
+            seen = self._twin.read(args, kwargs, loss, create_graph=create_graph)
+        except CalledTwiceError as error:
+            name = next(name for name, layer in self._twin.layers.items() if layer is error.layer)
+            self.skipped[name] = str(error)
+            self.names.remove(name)
+            self._twin = None
+            return self._read(args, kwargs, loss, create_graph=create_graph)
+        if not seen:
+            skipped = "".join(f"; {name} is {reason}" for name, reason in self.skipped.items())
+            raise RuntimeError(
+                "the curvature's loss depends on none of the layers that are followed "
+                f"({', '.join(self.names) or 'none left'}): are they frozen, or unused in this forward pass?{skipped}"
+            )
+        return seen
+
+    def _active(self, seen: Iterable[str]) -> set[str]:
+        """Layers that rho depends on, as known from the batch before."""
+        if self._reduction == "sum":
+            return set(seen)
+        known = self._host_radii.get()
+        assert known is not None  # measure() has published by now
+        radii = dict(zip(self.radii, known.tolist(), strict=True))
+        return {max(seen, key=lambda name: radii.get(name, 0.0))}
+
+    def _update(self, name: str, data: LayerData, steps: int) -> Tensor:
+        """Move a layer's eigenvectors to this batch's; returns rho_l with the graph that the data have."""
+        if self._exact:
+            v = exact_eigenvectors(data)
+        else:
+            v = self.eigenvectors.get(name) or Eigenvectors.random(data.layer, self._start(name))
+            for _ in range(steps):
+                v = power_step(data, v)
+        rho_l = radius(data, v)
+        self.eigenvectors[name] = v
+        seen = rho_l.detach()
+        self.radii[name] = torch.where(seen.isfinite(), seen, self.radii.get(name, torch.zeros_like(seen)))
+        return rho_l
+
+    def _start(self, name: str) -> torch.Generator:
+        """Seed a layer's starting vectors by its place, so that they do not depend on which layers came first."""
+        return torch.Generator().manual_seed(self._seed + self.names.index(name))
+
+    def _publish(self) -> None:
+        self._host_radii.put(torch.stack(list(self.radii.values())))

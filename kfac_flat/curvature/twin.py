@@ -1,0 +1,182 @@
+"""The twin: a copy of the model that shares its parameters and on which the curvature is read.
+
+``loss.backward(); optimizer.step()`` leaves no graph to differentiate a second time, and BackPACK's hooks on the user's
+own model would cost time at every step and break on in-place operations, compilation and copies. The twin has the same
+modules and the very same Parameter objects, but buffers of its own and none of the user's hooks; so whatever it
+does, gradients taken on it are gradients of the user's parameters and nothing else of the user's model changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import functools
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from backpack import backpack, extend
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kfac_flat.curvature.extension import LayerDataExtension
+from kfac_flat.curvature.layers import Layer, is_layer
+from kfac_flat.curvature.radius import LayerData
+from kfac_flat.structure import structural_copy
+
+
+class CalledTwiceError(RuntimeError):
+    """A layer was used more than once in one forward pass, so it has no single input and output gradient."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__("called more than once in one forward pass")
+        self.layer = layer
+
+
+class Twin:
+    """A parameter-sharing copy of a model, read layer by layer.
+
+    Args:
+        model: The user's model.
+        names: Names of the Linear and Conv2d modules to read.
+
+    Raises:
+        TypeError: if the model's structure cannot be copied.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self._original = model
+        self._fingerprint = _fingerprint(model)
+        self.model = structural_copy(model, lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone())
+        self._pairs = list(zip(model.modules(), self.model.modules(), strict=True))
+        self.layers: dict[str, Layer] = {name: self.model.get_submodule(name) for name in names}  # type: ignore[misc]
+        for layer in self.layers.values():
+            layer.__class__ = _probed(type(layer))  # type: ignore[assignment]
+            extend(layer)
+        self._extension = LayerDataExtension({type(layer) for layer in self.layers.values()})
+
+    def is_current(self) -> bool:
+        """Tell whether the model still has the parameters and buffers that the twin was made from."""
+        return self._fingerprint == _fingerprint(self._original)
+
+    def read(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        loss: Callable[[Any], Tensor],
+        *,
+        create_graph: bool,
+    ) -> dict[str, LayerData]:
+        """Run the twin on a batch and read every layer that the loss depends on.
+
+        Args:
+            args: Positional arguments of the model's forward.
+            kwargs: Keyword arguments of it.
+            loss: From the model's output to the SUM of the example losses.
+            create_graph: Whether the data are to be differentiated.
+
+        Returns:
+            The data of each layer that took part, by name.
+
+        Raises:
+            CalledTwiceError: if a layer is used more than once.
+        """
+        self._follow()
+        try:
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+                total = loss(self.model(*args, **kwargs))
+                targets = [probe for layer in self.layers.values() for probe in layer._probes]  # type: ignore[union-attr]
+                self._backward(total, targets, create_graph)
+            found = {name: self._extension.collect(layer) for name, layer in self.layers.items()}
+        finally:
+            for layer in self.layers.values():
+                self._extension.collect(layer)
+                for leftover in ("_probes", "input0", "output"):
+                    vars(layer).pop(leftover, None)
+        return {name: data for name, data in found.items() if data is not None}
+
+    def _backward(self, total: Tensor, targets: list[Tensor], create_graph: bool) -> None:
+        """Let the gradient flow past every layer, computing no weight gradient but where nothing else leads there."""
+        if not targets or not total.requires_grad:
+            return
+        with backpack(self._extension), quiet_hooks():
+            torch.autograd.grad(total, targets, create_graph=create_graph, allow_unused=True)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Take over flags and settings that may have changed since, and the values of the buffers."""
+        for original, twin in self._pairs:
+            own = vars(twin)
+            own.update((key, value) for key, value in vars(original).items() if type(value) in (bool, int, float, str))
+            if "inplace" in own:
+                twin.inplace = False  # type: ignore[assignment]  # BackPACK's hooks forbid in-place ops on a layer's output
+            if "track_running_stats" in own:  # while training, the running statistics are written and not read
+                twin.track_running_stats = original.track_running_stats and not original.training  # type: ignore[assignment]
+            for name, buffer in original._buffers.items():
+                if buffer is not None:
+                    twin._buffers[name].copy_(buffer)  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def quiet_hooks() -> Iterator[None]:
+    """Silence torch's warning that a layer which reads the data has no input gradient: its output's is all we want."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
+        yield
+
+
+class _Probe(nn.Module):
+    """Notes the input before BackPACK's hook wraps it, and hands on a copy of the output that may be changed in place."""
+
+    def __call__(self, input: Tensor) -> Tensor:  # named as in Linear and Conv2d
+        if "_probes" in vars(self):
+            raise CalledTwiceError(self)
+        # The gradient of the input flows through BackPACK's hook; where the input needs none, that of the weight does.
+        vars(self)["_probes"] = [t for t in (input, self.weight) if t.requires_grad][:1]  # type: ignore[union-attr]
+        output: Tensor = super().__call__(input)
+        return output.clone()
+
+
+@functools.cache
+def _probed(kind: Hashable) -> type[nn.Module]:
+    """Return the class of the layers of class ``kind`` that are also probes."""
+    assert isinstance(kind, type)
+    return type(kind.__name__, (_Probe, kind), {})
+
+
+def layer_names(model: nn.Module, only: Iterable[str | type[nn.Module]] | None = None) -> list[str]:
+    """Names of the model's Linear and Conv2d modules, each module once, optionally only some of them.
+
+    Args:
+        model: The model.
+        only: Module names (shell patterns such as ``"blocks.*"`` allowed) or classes.
+
+    Raises:
+        ValueError: if nothing is left, saying why.
+    """
+    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no Linear or Conv2d layer, so it has no Kronecker curvature to read"
+        )
+    if only is None:
+        return list(layers)
+    chosen: set[str] = set()
+    for choice in only:
+        matches = {name for name, module in layers.items() if _matches(name, module, choice)}
+        if not matches:
+            raise ValueError(f"layers={choice!r} matches no Linear or Conv2d; there are {', '.join(layers)}")
+        chosen |= matches
+    return [name for name in layers if name in chosen]
+
+
+def _matches(name: str, module: nn.Module, choice: str | type[nn.Module]) -> bool:
+    return fnmatch.fnmatchcase(name, choice) if isinstance(choice, str) else isinstance(module, choice)
+
+
+def _fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Identity and shape of parameters; kind of buffers, whose values are copied anyway."""
+    parameters = [(id(p), p.shape, p.device, p.dtype) for p in model.parameters()]
+    buffers = [(b.shape, b.device, b.dtype) for b in model.buffers()]
+    return [*parameters, *buffers]

@@ -1,0 +1,482 @@
+"""FlatKFAC: any torch optimizer, with the gradient of mu * max(0, rho - K) added to what it steps on."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from kfac_flat.curvature.likelihood import Likelihood, resolve
+from kfac_flat.curvature.tracker import HostCopy, RadiusTracker
+from kfac_flat.curvature.twin import layer_names
+from kfac_flat.recorder import CallRecorder
+from kfac_flat.structure import Kept, unwrap
+
+Schedule = float | Callable[[int], float]
+
+
+class FlatKFAC(Optimizer):
+    """Wrap a torch optimizer so that it also minimises the spectral radius of the K-FAC curvature.
+
+    The objective is ``loss + mu * max(0, rho - K)`` [Ebrahimi & Klabjan, arXiv 2111.08577, eq. 4] with
+    ``rho = max_l lambda_max(A_l) lambda_max(G_l)`` over the Linear and Conv2d layers. The training loop stays as it is.
+    ``step()`` does the following:
+
+    1. Every ``every`` steps, a copy of the model that shares its parameters repeats the last training forward pass, on
+       the first ``batch_fraction`` of the batch.
+    2. A BackPACK extension reads each layer's input and output gradient in one backward pass, and one step of power
+       iteration brings the top eigenvectors of its Kronecker factors up to date.
+    3. rho of the layer that attains the maximum is differentiated with respect to all parameters.
+    4. That gradient, times mu where rho exceeds ``rho_max``, is added to ``p.grad``, at this step and at those until
+       the next refresh, so that each step sees loss plus penalty and no step sees a spike.
+    5. The wrapped optimizer steps.
+
+    With ``mu=0`` steps 1 to 4 do not happen and the trajectory is the wrapped optimizer's, bit for bit.
+
+    Args:
+        optimizer: An optimizer instance over (some of) the model's parameters. ``param_groups``, ``state`` and
+            ``defaults`` stay its own: schedulers, scalers and checkpoints see one truth.
+        model: The model being trained; wrappers (DistributedDataParallel, ``torch.compile``) may be on.
+        mu: Weight of the penalty, or a function of the step count.
+        rho_max: K, the spectral radius below which there is no penalty, or a function of the step count.
+        every: Steps from one computation of the penalty's gradient to the next.
+        batch_fraction: Share of the batch, in (0, 1], that it is computed on; at least two examples.
+        fisher: ``"sampled"``: labels drawn from the model's own prediction (the true Fisher); ``"empirical"``: the
+            batch's labels, as remembered by a hook on ``criterion``.
+        criterion: The loss module called in the training loop as ``criterion(model(x), y)``; for
+            ``fisher="empirical"`` only.
+        likelihood: What the model's output means when labels are drawn: ``"categorical"`` logits ``[N, classes, ...]``,
+            ``"gaussian"`` means, ``"bernoulli"`` logits, or a callable ``(output, generator)`` that returns the
+            negative log-likelihoods ``[N]`` at labels it draws.
+        reduction: ``"max"`` over layers as in the paper, or ``"sum"``.
+        layers: Restrict to these layers: names (shell patterns allowed) or classes.
+        eigenpairs: ``"streaming"``, or ``"exact"`` to form and decompose the factors at each refresh.
+        clip: Bound on the norm of the penalty's gradient, relative to that of the loss; None for no bound. With
+            ``every=1, clip=None`` the penalty is the paper's plain one.
+        seed: Of the drawn labels and the starting vectors. torch's global generators are never touched.
+
+    Raises:
+        TypeError: if ``optimizer`` is no optimizer instance or ``model`` no module.
+        ValueError: if an option is out of range, the optimizer's parameters are not the model's, or the model has no
+            Linear or Conv2d layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> optimizer = FlatKFAC(torch.optim.SGD(model.parameters(), lr=0.1), model, mu=0.01)
+        >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> nn.functional.cross_entropy(model(x), y).backward()
+        >>> optimizer.step()
+        >>> optimizer.rho > 0, sorted(optimizer.radii())
+        (True, ['0', '2'])
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        mu: Schedule = 0.01,
+        rho_max: Schedule = 0.0,
+        every: int = 4,
+        batch_fraction: float = 0.5,
+        fisher: str = "sampled",
+        criterion: nn.Module | None = None,
+        likelihood: str | Likelihood = "categorical",
+        reduction: str = "max",
+        layers: Iterable[str | type[nn.Module]] | None = None,
+        eigenpairs: str = "streaming",
+        clip: float | None = 1.0,
+        seed: int = 0,
+    ) -> None:
+        _check_types(optimizer, model)
+        _check_curvature(fisher, criterion, reduction, eigenpairs)
+        _check_ranges(mu, rho_max, every, batch_fraction, clip)
+        layers = None if layers is None else list(layers)
+        self.base, self.model, self._inner = optimizer, model, unwrap(model)
+        super().__setstate__({})  # torch's own way to give an optimizer its hook tables without touching its groups
+        self._parameters()  # raises where the optimizer's parameters are not the model's
+        self._mu, self._rho_max = mu, rho_max
+        self._every, self._batch_fraction, self._clip, self._seed = every, batch_fraction, clip, seed
+        self._likelihood = resolve(likelihood)
+        self._criterion = criterion if fisher == "empirical" else None
+        self._tracker = RadiusTracker(
+            self._inner, layer_names(self._inner, layers), reduction=reduction, exact=eigenpairs == "exact", seed=seed
+        )
+        self._options = {
+            "mu": mu,
+            "rho_max": rho_max,
+            "every": every,
+            "batch_fraction": batch_fraction,
+            "fisher": fisher,
+            "criterion": criterion,
+            "likelihood": likelihood,
+            "reduction": reduction,
+            "layers": layers,
+            "eigenpairs": eigenpairs,
+            "clip": clip,
+            "seed": seed,
+        }
+        self._steps = 0
+        self._generator: torch.Generator | None = None
+        self._penalty: dict[nn.Parameter, Tensor] = {}
+        self._mask_terms: dict[str, Tensor] = {}
+        self._skipped: Tensor | None = None
+        self._skipped_host = HostCopy()
+        self._warned = False
+        self._calls, self._criterion_calls = self._attach_recorders()
+
+    # ---------------------------------------------------------------- one truth: the wrapped optimizer's
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's state."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's defaults."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer."""
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the wrapped optimizer does."""
+        self.base.zero_grad(set_to_none)
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
+        """Register a hook that sees the gradients the wrapped optimizer is about to apply, penalty included."""
+        return self.base.register_step_pre_hook(hook)
+
+    # ---------------------------------------------------------------- reading
+
+    @property
+    def rho(self) -> float:
+        """The radius that the penalty acts on, as last computed; NaN before. Reading it waits for the device."""
+        rho = self._tracker.rho()
+        return math.nan if rho is None else float(rho)
+
+    def radii(self) -> dict[str, float]:
+        """Spectral radius of each layer's Kronecker block, by module name, as last computed."""
+        return {name: float(radius) for name, radius in self._tracker.radii.items()}
+
+    @property
+    def skipped(self) -> int:
+        """Number of refreshes whose penalty was left out because loss, gradients or factors were not finite."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    @property
+    def skipped_layers(self) -> dict[str, str]:
+        """Layers whose curvature cannot be read, by name, and why."""
+        return dict(self._tracker.skipped)
+
+    def input_mask_gradients(self) -> dict[nn.Parameter, Tensor]:
+        """Gradient of the penalty at masks on layers' inputs, through A alone (see :class:`NeuronPruner`).
+
+        Returns:
+            For the weight of each layer that the penalty currently acts on, ``[C_in]``.
+        """
+        return {self._inner.get_submodule(name).weight: term for name, term in self._mask_terms.items()}  # type: ignore[misc]
+
+    # ---------------------------------------------------------------- stepping
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Add the penalty's gradient to ``p.grad`` and let the wrapped optimizer step.
+
+        Args:
+            closure: As the wrapped optimizer takes it: re-evaluates the model and returns the loss.
+
+        Returns:
+            What the wrapped optimizer returns.
+
+        Raises:
+            RuntimeError: if no training forward pass of the model has been seen, and model and optimizer are as before.
+        """
+        if closure is None:
+            self._add_penalty()
+            return self.base.step()
+
+        def closure_with_penalty() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self._add_penalty()
+            return loss
+
+        return self.base.step(closure_with_penalty)
+
+    def _add_penalty(self) -> None:
+        if self._value(self._mu) == 0:
+            self._penalty, self._mask_terms = {}, {}
+        elif self._refreshes_next():
+            self._refresh(self._value(self._mu), self._value(self._rho_max))
+        self._steps += 1
+        pairs = [(p.grad, g) for p, g in self._penalty.items() if p.grad is not None]
+        if pairs:
+            gradients, penalties = zip(*pairs, strict=True)
+            torch._foreach_add_(gradients, penalties)
+
+    def _refresh(self, mu: float, rho_max: float) -> None:
+        """Compute the penalty's gradient on the last training batch."""
+        call = self._calls.last
+        if call is None:
+            raise RuntimeError(
+                "FlatKFAC.step() has seen no training forward pass of the model it was given: call the model (not a "
+                "copy of it or a part of it) with gradients enabled and in train mode before step()"
+            )
+        examples = max(min(2, call.batch_size), round(self._batch_fraction * call.batch_size))
+        args, kwargs = call.first(examples)
+        parameters = [p for p in self._parameters() if p.grad is not None and p.grad.layout == torch.strided]
+        loss = self._sampled_loss if self._criterion is None else self._empirical_loss(call.batch_size, examples)
+        with call.conditions():
+            gradient = self._tracker.gradient(args, kwargs, loss, parameters)
+        self._calls.last = None
+        found = {p: g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
+        finite, scale = self._scale(mu * (gradient.rho > rho_max), parameters, found.values())
+        self._penalty = {p: torch.where(finite, g * scale, 0.0).to(p.grad.dtype) for p, g in found.items()}  # type: ignore[union-attr]
+        self._mask_terms = {name: torch.where(finite, m * scale, 0.0) for name, m in gradient.input_masks.items()}
+        self._count_skipped(finite)
+
+    def _scale(
+        self, weight: Tensor, parameters: Iterable[nn.Parameter], penalty: Iterable[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return whether all is finite, and the factor of the penalty's gradient, both as scalars on the device."""
+        loss_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        penalty_norm = weight * get_total_norm(list(penalty))
+        finite = loss_norm.isfinite() & penalty_norm.isfinite()
+        if self._clip is not None:
+            tiny = torch.finfo(penalty_norm.dtype).tiny
+            weight = weight * (self._clip * loss_norm / penalty_norm.clamp(min=tiny)).clamp(max=1.0)
+        return finite, weight
+
+    def _count_skipped(self, finite: Tensor) -> None:
+        """Count on the device; warn once the count has come back to the host."""
+        before = self._skipped_host.get()
+        self._skipped = (~finite).long() + (0 if self._skipped is None else self._skipped)
+        self._skipped_host.put(self._skipped)
+        known = self._skipped_host.get() if self._skipped.device.type == "cpu" else before
+        if known is not None and int(known) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "FlatKFAC left the penalty out of a step because the loss, its gradients or the curvature were not "
+                "finite; the wrapped optimizer stepped as it would have. Further cases are counted in "
+                "FlatKFAC.skipped without a warning",
+                stacklevel=4,
+            )
+
+    def _sampled_loss(self, output: Any) -> Tensor:
+        """Sum of the negative log-likelihoods at labels drawn from the model's own prediction."""
+        if not isinstance(output, Tensor) and isinstance(self._options["likelihood"], str):
+            raise TypeError(
+                f"the model returns a {type(output).__name__}, so FlatKFAC cannot tell which part of it is the "
+                "prediction: give likelihood= a callable (output, generator) -> negative log-likelihoods [N], for "
+                "example lambda output, generator: kfac_flat.likelihood.categorical(output.logits, generator)"
+            )
+        losses = self._likelihood(output, self._label_generator())
+        if losses.dim() != 1:
+            raise ValueError(f"likelihood must return one loss per example, [N], not {list(losses.shape)}")
+        return losses.sum()
+
+    def _empirical_loss(self, batch_size: int, examples: int) -> Callable[[Any], Tensor]:
+        """Sum of the criterion's example losses at the targets it was last called with."""
+        criterion, call = self._criterion, self._criterion_calls.last if self._criterion_calls else None
+        if call is None or criterion is None:
+            raise RuntimeError(
+                'fisher="empirical" takes the targets from the criterion: call the very module given as criterion= '
+                "as criterion(model(x), y) before step()"
+            )
+        reduction = getattr(criterion, "reduction", None)
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(
+                f"{type(criterion).__name__} does not say how it reduces over the batch: give it an attribute "
+                '`reduction` that is "mean", "sum" or "none"'
+            )
+        if call.batch_size != batch_size:
+            raise RuntimeError(
+                f"the criterion was last called on {call.batch_size} examples and the model on {batch_size}: with "
+                'fisher="empirical", call criterion(model(x), y) on the same batch'
+            )
+        targets, kwargs = call.first(examples)
+        factor = examples if reduction == "mean" else 1
+        return lambda output: criterion.forward(output, *targets[1:], **kwargs).sum() * factor
+
+    def _label_generator(self) -> torch.Generator:
+        device = next(self._inner.parameters()).device
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device).manual_seed(self._seed)
+        return self._generator
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """The parameters that are both the optimizer's and the model's, in the optimizer's order."""
+        of_model = {id(p) for p in self._inner.parameters()}
+        shared = [p for group in self.param_groups for p in group["params"] if id(p) in of_model]
+        if not shared:
+            raise ValueError(
+                "none of the optimizer's parameters belongs to the model: build the optimizer from the parameters of "
+                "the very model given to FlatKFAC (a copied or re-created model has new ones)"
+            )
+        return shared
+
+    def _attach_recorders(self) -> tuple[CallRecorder, CallRecorder | None]:
+        """Watch the calls of model and criterion, only when the next step will use them."""
+        optimizer = weakref.ref(self)
+
+        def wanted() -> bool:
+            alive = optimizer()
+            return alive is not None and alive.model.training and alive._refreshes_next()
+
+        calls = CallRecorder.attach(self.model, wanted, owner=self)
+        return calls, None if self._criterion is None else CallRecorder.attach(self._criterion, wanted, owner=self)
+
+    def _refreshes_next(self) -> bool:
+        """Tell whether the next step computes the penalty's gradient."""
+        return self._value(self._mu) != 0 and (self._steps % self._every == 0 or not self._penalty)
+
+    def _value(self, schedule: Schedule) -> float:
+        return schedule(self._steps) if callable(schedule) else schedule
+
+    # ---------------------------------------------------------------- following a cut
+
+    def prepare_cut(
+        self, kept: Mapping[str, Kept], select: Callable[[nn.Parameter, Tensor], Tensor]
+    ) -> Callable[[], None]:
+        """Work out what a cut leaves of the eigenvectors and of the penalty's gradient, before it happens.
+
+        Args:
+            kept: What remains of each module that loses channels, by name.
+            select: Cuts a tensor of a parameter's shape as that parameter will be cut.
+
+        Returns:
+            A function that puts the result in place, once the parameters have been cut.
+        """
+        eigenvectors = self._tracker.selected(kept)
+        penalty = {p: select(p, g) for p, g in self._penalty.items()}
+        mask_terms = {
+            name: m.index_select(0, kept[name].inputs.to(m.device)) if name in kept else m
+            for name, m in self._mask_terms.items()
+        }
+
+        def commit() -> None:
+            self._tracker.eigenvectors = eigenvectors
+            self._penalty, self._mask_terms = penalty, mask_terms
+            self._calls.last = None
+
+        return commit
+
+    # ---------------------------------------------------------------- checkpoints and copies
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the wrapped optimizer's state dict with an entry ``"kfac_flat"`` added, plain tensors and numbers.
+
+        The wrapped optimizer alone can load it as well.
+        """
+        index = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        own = {
+            "steps": self._steps,
+            "skipped": self.skipped,
+            "generator": None if self._generator is None else self._generator.get_state(),
+            "penalty": {index[id(p)]: g for p, g in self._penalty.items()},
+            "mask_terms": dict(self._mask_terms),
+            **self._tracker.state_dict(),
+        }
+        return {**self.base.state_dict(), "kfac_flat": own}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state dict of FlatKFAC, or one of the bare wrapped optimizer, whose curvature then starts afresh.
+
+        Raises:
+            ValueError: if it belongs to another model; nothing has changed then.
+        """
+        own = state_dict.get("kfac_flat")
+        if own is not None:
+            self._load_own(own)
+        self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "kfac_flat"})
+
+    def _load_own(self, own: Mapping[str, Any]) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for i, g in own["penalty"].items():
+            if i >= len(parameters) or parameters[i].shape != g.shape:
+                raise ValueError(
+                    "the checkpoint's penalty gradient fits other parameters: load the pruner's state into the dense "
+                    "model first, then the optimizer's"
+                )
+        self._tracker.load_state_dict(own)
+        self._steps = own["steps"]
+        device = parameters[0].device
+        self._skipped = torch.tensor(own["skipped"], device=device)
+        self._penalty = {parameters[i]: g.to(parameters[i], copy=True) for i, g in own["penalty"].items()}
+        self._mask_terms = {name: m.to(device, copy=True) for name, m in own["mask_terms"].items()}
+        if own["generator"] is not None:
+            self._label_generator().set_state(own["generator"].cpu())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"base": self.base, "model": self.model, "options": self._options, "own": self.state_dict()["kfac_flat"]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if not state:
+            super().__setstate__(state)
+            return
+        FlatKFAC.__init__(self, state["base"], state["model"], **state["options"])
+        self._load_own(state["own"])
+
+
+def _check_types(optimizer: Any, model: Any) -> None:
+    if isinstance(optimizer, type):
+        raise TypeError(
+            f"FlatKFAC wraps an optimizer instance, not the class: "
+            f"FlatKFAC({optimizer.__name__}(model.parameters(), ...), model)"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+
+
+def _check_curvature(fisher: str, criterion: nn.Module | None, reduction: str, eigenpairs: str) -> None:
+    for name, value, allowed in (
+        ("fisher", fisher, ("sampled", "empirical")),
+        ("reduction", reduction, ("max", "sum")),
+        ("eigenpairs", eigenpairs, ("streaming", "exact")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown: choose {' or '.join(map(repr, allowed))}")
+    if fisher == "empirical" and not isinstance(criterion, nn.Module):
+        raise ValueError('fisher="empirical" needs criterion=, the loss module of the training loop')
+
+
+def _check_ranges(mu: Schedule, rho_max: Schedule, every: int, batch_fraction: float, clip: float | None) -> None:
+    if not callable(mu) and not 0 <= mu < math.inf:
+        raise ValueError(f"mu={mu} must be a number >= 0, or a function of the step count")
+    if not callable(rho_max) and not 0 <= rho_max < math.inf:
+        raise ValueError(f"rho_max={rho_max} must be a number >= 0, or a function of the step count")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every} must be a whole number of steps, at least 1")
+    if not 0 < batch_fraction <= 1:
+        raise ValueError(f"batch_fraction={batch_fraction} must lie in (0, 1]")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip={clip} must be positive, or None for no bound")

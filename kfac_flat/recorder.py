@@ -1,0 +1,114 @@
+"""Remembering a module's calls, so that they can be repeated elsewhere: same arguments, randomness and precision."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """One call of a module: its arguments and the state of the random generators and of autocast at its start."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    device: torch.device
+    random_states: dict[torch.device, Tensor]
+    autocast: dict[str, Any]
+
+    @classmethod
+    def now(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall:
+        """Record a call that is about to happen."""
+        device = next((t.device for t in _tensors((args, kwargs))), torch.device("cpu"))
+        states = {torch.device("cpu"): torch.get_rng_state()}
+        if device.type == "cuda":
+            states[device] = torch.cuda.get_rng_state(device)
+        autocast = {
+            "device_type": device.type,
+            "enabled": torch.is_autocast_enabled(device.type),
+            "dtype": torch.get_autocast_dtype(device.type),
+        }
+        return cls(args, kwargs, device, states, autocast)
+
+    @property
+    def batch_size(self) -> int:
+        """Length of the first axis of the first tensor argument."""
+        return next((len(t) for t in _tensors((self.args, self.kwargs)) if t.dim()), 0)
+
+    def first(self, examples: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with every tensor that has an axis of examples cut to the first ``examples``."""
+        size = self.batch_size
+        cut = _map_tensors(lambda t: t[:examples] if t.dim() and len(t) == size else t, (self.args, self.kwargs))
+        return cut[0], cut[1]
+
+    @contextlib.contextmanager
+    def conditions(self) -> Iterator[None]:
+        """Run a block under the call's randomness and autocast, and leave both afterwards as they were before it."""
+        devices = [device for device in self.random_states if device.type == "cuda"]
+        with torch.random.fork_rng(devices=devices), torch.autocast(**self.autocast):
+            for device, state in self.random_states.items():
+                if device.type == "cuda":
+                    torch.cuda.set_rng_state(state, device)
+                else:
+                    torch.set_rng_state(state)
+            yield
+
+
+class CallRecorder:
+    """A forward pre-hook that keeps the last call made with gradients enabled while ``wanted()`` says so.
+
+    Copies of the module carry a recorder that records nothing: their calls are not the original's.
+    """
+
+    def __init__(self, wanted: Callable[[], bool] | None = None) -> None:
+        self._wanted = wanted
+        self.last: RecordedCall | None = None
+
+    @classmethod
+    def attach(cls, module: nn.Module, wanted: Callable[[], bool], owner: object) -> CallRecorder:
+        """Put a recorder on a module while its owner lives, to which ``wanted`` must not refer strongly."""
+        recorder = cls(wanted)
+        handle = module.register_forward_pre_hook(recorder, with_kwargs=True)
+        weakref.finalize(owner, handle.remove)
+        return recorder
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record a call, as ``register_forward_pre_hook`` announces it."""
+        if self._wanted is not None and torch.is_grad_enabled() and self._wanted():
+            self.last = RecordedCall.now(args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallRecorder:
+        return CallRecorder()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (CallRecorder, ())
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Apply ``function`` to every tensor in nested lists, tuples and dicts; anything else stays the same object."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_tensors(function, item) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(function, item) for item in value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(function, item) for key, item in value.items()}
+    return value

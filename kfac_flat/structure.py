@@ -1,0 +1,84 @@
+"""Copies of a model's structure: the same modules again, holding tensors of one's choice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+_HOOK_DICTS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What remains of a module's channels: positions into the module as it was, ascending, ``int64`` on the CPU.
+
+    Attributes:
+        inputs: Kept input channels or features.
+        outputs: Kept output channels or features.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's module inside DistributedDataParallel, DataParallel or ``torch.compile`` wrappers."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return unwrap(model.module)
+    compiled_from = getattr(model, "_orig_mod", None)
+    return unwrap(compiled_from) if isinstance(compiled_from, nn.Module) else model
+
+
+def structural_copy(model: Module, tensor: Callable[[Tensor], Tensor]) -> Module:
+    """Copy every module of ``model``, with ``tensor(t)`` in place of each parameter, buffer or other tensor ``t``.
+
+    User hooks are left behind, but for those by which ``torch.nn.utils`` computes a weight (weight_norm, spectral_norm,
+    masks of ``torch.nn.utils.prune``), without which the copy would compute something else.
+
+    Raises:
+        TypeError: if an attribute of a module cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = [*module._parameters.values(), *module._buffers.values(), *vars(module).values()]
+        for t in held:
+            if isinstance(t, Tensor) and id(t) not in memo:
+                memo[id(t)] = tensor(t)
+    hooks = _set_aside_hooks(model)
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(
+            f"the structure of {type(model).__name__} cannot be copied ({error}); "
+            "give the attribute that holds it a __deepcopy__, or keep it outside the model"
+        ) from error
+    finally:
+        for module, name, value in hooks:
+            setattr(module, name, value)
+
+
+def _set_aside_hooks(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Take the user's hooks off for the time of a copy; returns what to put back."""
+    aside = []
+    for module in model.modules():
+        for name in _HOOK_DICTS:
+            hooks = getattr(module, name, None)
+            if hooks:
+                aside.append((module, name, hooks))
+                kept = {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")}
+                setattr(module, name, type(hooks)(kept))
+    return aside
