@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac_flat.nested import batch_size, map_tensors, tensors
+
 
 @dataclass(frozen=True)
 class RecordedCall:
@@ -25,7 +27,7 @@ class RecordedCall:
     @classmethod
     def now(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall:
         """Record a call that is about to happen."""
-        device = next((t.device for t in _tensors((args, kwargs))), torch.device("cpu"))
+        device = next((t.device for t in tensors((args, kwargs))), torch.device("cpu"))
         states = {torch.device("cpu"): torch.get_rng_state()}
         if device.type == "cuda":
             states[device] = torch.cuda.get_rng_state(device)
@@ -39,12 +41,12 @@ class RecordedCall:
     @property
     def batch_size(self) -> int:
         """Length of the first axis of the first tensor argument."""
-        return next((len(t) for t in _tensors((self.args, self.kwargs)) if t.dim()), 0)
+        return batch_size((self.args, self.kwargs))
 
     def first(self, examples: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with every tensor that has an axis of examples cut to the first ``examples``."""
         size = self.batch_size
-        cut = _map_tensors(lambda t: t[:examples] if t.dim() and len(t) == size else t, (self.args, self.kwargs))
+        cut = map_tensors(lambda t: t[:examples] if t.dim() and len(t) == size else t, (self.args, self.kwargs))
         return cut[0], cut[1]
 
     @contextlib.contextmanager
@@ -88,27 +90,3 @@ class CallRecorder:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (CallRecorder, ())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-
-
-def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Apply ``function`` to every tensor in nested lists, tuples and dicts; anything else stays the same object."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map_tensors(function, item) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_tensors(function, item) for item in value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(function, item) for key, item in value.items()}
-    return value

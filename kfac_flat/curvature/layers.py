@@ -24,7 +24,7 @@ LAYER_TYPES = (nn.Linear, nn.Conv2d)
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Tell whether the module computes what Linear or Conv2d compute: it is one, or a subclass that keeps its forward."""
+    """Tell whether the module computes what Linear or Conv2d do: it is one, or a subclass that keeps its forward."""
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in LAYER_TYPES)
 
 

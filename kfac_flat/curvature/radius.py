@@ -107,7 +107,7 @@ def radius(data: LayerData, v: Eigenvectors) -> Tensor:
 
 
 def power_step(data: LayerData, v: Eigenvectors) -> Eigenvectors:
-    """One step of power iteration for A and for G on this batch; a non-finite or vanishing result leaves ``v`` as it was.
+    """One step of power iteration for A and G on this batch; a result without a direction leaves ``v`` as it was.
 
     A v is the adjoint of the projection applied to the projection, which autograd supplies: for a convolution the
     weight gradient of a kernel with one output channel per group, about 2 / C_out of the layer's own forward.

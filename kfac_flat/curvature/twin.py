@@ -12,7 +12,7 @@ import contextlib
 import fnmatch
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class Twin:
         self._pairs = list(zip(model.modules(), self.model.modules(), strict=True))
         self.layers: dict[str, Layer] = {name: self.model.get_submodule(name) for name in names}  # type: ignore[misc]
         for layer in self.layers.values():
-            layer.__class__ = _probed(type(layer))  # type: ignore[assignment]
+            layer.__class__ = _probed(type(layer))  # type: ignore[assignment, arg-type]
             extend(layer)
         self._extension = LayerDataExtension({type(layer) for layer in self.layers.values()})
 
@@ -127,21 +127,20 @@ def quiet_hooks() -> Iterator[None]:
 
 
 class _Probe(nn.Module):
-    """Notes the input before BackPACK's hook wraps it, and hands on a copy of the output that may be changed in place."""
+    """Notes the input before BackPACK's hook wraps it, and hands on an output that may be changed in place."""
 
     def __call__(self, input: Tensor) -> Tensor:  # named as in Linear and Conv2d
         if "_probes" in vars(self):
             raise CalledTwiceError(self)
         # The gradient of the input flows through BackPACK's hook; where the input needs none, that of the weight does.
-        vars(self)["_probes"] = [t for t in (input, self.weight) if t.requires_grad][:1]  # type: ignore[union-attr]
+        vars(self)["_probes"] = [t for t in (input, self.weight) if t.requires_grad][:1]
         output: Tensor = super().__call__(input)
         return output.clone()
 
 
 @functools.cache
-def _probed(kind: Hashable) -> type[nn.Module]:
+def _probed(kind: Any) -> type[nn.Module]:
     """Return the class of the layers of class ``kind`` that are also probes."""
-    assert isinstance(kind, type)
     return type(kind.__name__, (_Probe, kind), {})
 
 

@@ -1,0 +1,316 @@
+"""What each operation does to neuron ids.
+
+A rule gets an operation whose tensor arguments have been replaced by their ids and returns the ids of its result. What
+only moves data is executed on the ids themselves. An operation without a rule is never guessed: its neurons are frozen.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kfac_flat.pruning.ids import along, fixed, narrowed, read_along, varying_dims
+
+
+class Table(Protocol):
+    """Where rules report what they find out about ids."""
+
+    def tie(self, a: Tensor, b: Tensor) -> None:
+        """State that the neurons at equal places (same shape) can only go together."""
+
+    def freeze(self, ids: Tensor, reason: str) -> None:
+        """State that these neurons cannot go."""
+
+    def layer(self, name: str, module: nn.Module, inputs: Tensor) -> Tensor:
+        """Note what a layer reads, channel by channel, and return the ids of its outputs."""
+
+
+class NoRuleError(Exception):
+    """The operation cannot be followed: its neurons are frozen for the reason given."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A call in the traced model that is no layer.
+
+    Attributes:
+        table: Where to report.
+        target: A function, the name of a tensor method, or a module.
+        args: Positional arguments, ids in place of tensors.
+        kwargs: Keyword arguments, likewise.
+        literals: Whole numbers written into the call rather than computed from shapes.
+        result: What the call returned, tensors without data.
+    """
+
+    table: Table
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    literals: frozenset[int]
+    result: Any
+
+    @property
+    def subject(self) -> Tensor:
+        """Ids of the tensor that the call is about."""
+        subject = self.args[0] if self.args else self.kwargs.get("input")
+        if not isinstance(subject, Tensor):
+            raise NoRuleError("is not called on a tensor")
+        return subject
+
+    def on_ids(self) -> Any:
+        """Execute the call on the ids themselves."""
+        if isinstance(self.target, str):
+            # ids repeat by stride 0, which view() does not accept where reshape() does
+            return getattr(self.args[0], {"view": "reshape"}.get(self.target, self.target))(
+                *self.args[1:], **self.kwargs
+            )
+        return self.target(*self.args, **self.kwargs)
+
+
+Rule: TypeAlias = Callable[[Operation], Any]
+
+
+# ---------------------------------------------------------------- modules with channels of their own
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+PRODUCERS = (nn.Linear, *CONVS)
+
+
+def _is(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> bool:
+    """Tell whether the module is one of ``kinds``, or a subclass that computes the same, from plain parameters."""
+    same = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+    return same and "weight" in module._parameters
+
+
+def is_producer(module: nn.Module) -> bool:
+    """Tell whether the module's output channels are neurons: Linear and convolutions."""
+    return _is(module, PRODUCERS)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Tell whether every output channel of a convolution reads a single input channel, with which it goes."""
+    return isinstance(module, CONVS) and module.groups == module.in_channels > 1
+
+
+def has_channels(module: nn.Module) -> bool:
+    """Tell whether the module's tensors are cut along with the neurons."""
+    return is_producer(module) or _is(module, BATCH_NORMS)
+
+
+def channel_counts(module: nn.Module) -> tuple[int, int]:
+    """Number of input and output channels of a module that has channels.
+
+    Raises:
+        TypeError: if it has none.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, CONVS):
+        return module.in_channels, module.out_channels
+    if isinstance(module, BATCH_NORMS):
+        return module.num_features, module.num_features
+    raise TypeError(f"{type(module).__name__} has no channels that could be cut")
+
+
+def run_layer(table: Table, name: str, module: nn.Module, x: Tensor, result: Tensor) -> Tensor:
+    """Read the channels of ``x`` and lay out the layer's own channels in the shape of its result."""
+    if isinstance(module, nn.Linear):
+        dim = x.dim() - 1
+    else:
+        dim = x.dim() - 1 - len(module.kernel_size) if isinstance(module, CONVS) else 1
+    inputs = read_along(x, dim)
+    if inputs is None:
+        table.freeze(x, f"{name} reads different neurons at different positions")
+        inputs = fixed(torch.Size([x.shape[dim]]))
+    return along(table.layer(name, module, inputs), dim, result.shape)
+
+
+# ---------------------------------------------------------------- operations without channels of their own
+
+
+def _pointwise(op: Operation) -> Tensor:
+    """Element by element: what meets at one place goes together; what is spread over several neurons stays."""
+    operands = [a for a in (*op.args, *op.kwargs.values()) if isinstance(a, Tensor)]
+    full = next((ids for ids in operands if ids.shape == op.result.shape), None)
+    if full is None:
+        raise NoRuleError("broadcasts every operand")
+    varying = set(varying_dims(full))
+    for ids in operands:
+        sizes = (1,) * (full.dim() - ids.dim()) + tuple(ids.shape)
+        if varying & {d for d, size in enumerate(sizes) if size < full.shape[d]}:
+            op.table.freeze(ids, "multiplies or shifts several other neurons at once")
+        elif ids is not full:
+            op.table.tie(*narrowed(full, ids.expand(full.shape)))
+    return full
+
+
+def _spatial(dims: int) -> Rule:
+    """Return the rule of an operation on the last ``dims`` axes that treats each channel alike, such as pooling."""
+
+    def rule(op: Operation) -> Tensor:
+        ids = op.subject
+        if not isinstance(op.result, Tensor) or op.result.shape[:-dims] != ids.shape[:-dims]:
+            raise NoRuleError("returns more than one tensor, or changes the axis of neurons")
+        if any(d >= ids.dim() - dims for d in varying_dims(ids)):
+            raise NoRuleError("mixes positions that belong to different neurons")
+        for d in range(ids.dim() - dims, ids.dim()):
+            ids = ids.narrow(d, 0, 1)
+        return ids.expand(op.result.shape)
+
+    return rule
+
+
+def _reduce(op: Operation) -> Tensor:
+    """Mean, sum and the like over axes along which the neuron is the same."""
+    ids, dim, keepdim = _reduction(*op.args, **op.kwargs)
+    if not isinstance(op.result, Tensor):
+        raise NoRuleError("returns more than one tensor")
+    dims = {d % ids.dim() for d in ([dim] if isinstance(dim, int) else dim or range(ids.dim()))}
+    if dims & set(varying_dims(ids)):
+        raise NoRuleError("mixes different neurons")
+    index = tuple((slice(0, 1) if keepdim else 0) if d in dims else slice(None) for d in range(ids.dim()))
+    return ids[index]
+
+
+def _reduction(input: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> tuple[Tensor, Any, bool]:
+    """Sort out the arguments of a reduction by the names that torch gives them."""
+    return input, dim, keepdim
+
+
+def _cat(op: Operation) -> Tensor:
+    """Concatenation: side by side along the axis of neurons, tied along any other."""
+    tensors, dim = _concatenation(*op.args, **op.kwargs)
+    dim %= op.result.dim()
+    first = tensors[0]
+    if all(set(varying_dims(ids)) <= {dim} for ids in tensors):
+        sizes = [1 if d != dim else size for d, size in enumerate(op.result.shape)]
+        return torch.cat(narrowed(*tensors, keep=dim), dim).reshape(sizes).expand(op.result.shape)
+    if any(dim in varying_dims(ids) for ids in tensors):
+        raise NoRuleError("concatenates neurons along two axes")
+    rows = [ids.narrow(dim, 0, 1) for ids in tensors]
+    for row in rows[1:]:
+        op.table.tie(*narrowed(rows[0], row))
+    return first.narrow(dim, 0, 1).expand(op.result.shape)
+
+
+def _concatenation(tensors: Any, dim: int = 0, axis: int | None = None) -> tuple[list[Tensor], int]:
+    """Sort out the arguments of ``torch.cat`` by the names that torch gives them."""
+    return list(tensors), dim if axis is None else axis
+
+
+def _move(op: Operation) -> Any:
+    """Data movement: what it does to ids is what it does to data, provided it does the same once some are gone."""
+    if op.target is operator.getitem and not isinstance(op.args[0], Tensor):
+        return op.on_ids()  # one of several results
+    ids, moved = op.subject, op.on_ids()
+    for part in moved if isinstance(moved, (tuple, list)) else [moved]:
+        axes = varying_dims(part)
+        if not _commutes_with_removal(ids, part):
+            raise NoRuleError("splits, selects or reorders neurons")
+        if op.target in _SIZED and axes and part.shape[axes[0]] in op.literals:
+            raise NoRuleError(
+                f"has a size that depends on the neurons, {part.shape[axes[0]]}, written into it (use -1)"
+            )
+    return moved
+
+
+def _commutes_with_removal(ids: Tensor, moved: Tensor) -> bool:
+    """Tell whether the neurons come out in one axis, in the order they went in, all repeated alike."""
+    before, after = varying_dims(ids), varying_dims(moved)
+    if not before:
+        return True
+    if len(before) > 1 or len(after) != 1:
+        return False
+    went_in, came_out = read_along(ids, before[0]), read_along(moved, after[0])
+    assert went_in is not None
+    assert came_out is not None
+    times, rest = divmod(len(came_out), len(went_in))
+    if rest:
+        return False
+    return torch.equal(came_out, went_in.repeat_interleave(times)) or torch.equal(came_out, went_in.repeat(times))
+
+
+def _same_shape(op: Operation) -> Any:
+    """One tensor in, the same tensor out as far as neurons are concerned, whatever the other arguments are."""
+    if not isinstance(op.result, Tensor) or op.result.shape != op.subject.shape:
+        raise NoRuleError("changes the shape of its input")
+    return op.subject
+
+
+def _pad(op: Operation) -> Tensor:
+    """Padding of axes along which the neuron is the same."""
+    widths = op.args[1] if len(op.args) > 1 else op.kwargs["pad"]
+    return _spatial(len(widths) // 2)(op)
+
+
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign),
+    *(nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink),
+    *(nn.LogSigmoid, nn.Threshold, nn.RReLU),
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+
+MODULE_RULES: dict[type[nn.Module], Rule] = {
+    **dict.fromkeys(_ACTIVATIONS, _same_shape),
+    nn.Flatten: _move,
+    **dict.fromkeys((nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.LPPool1d), _spatial(1)),
+    **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d), _spatial(2)),
+    **dict.fromkeys((nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d), _spatial(3)),
+    **dict.fromkeys((nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d), _spatial(2)),
+    nn.UpsamplingNearest2d: _spatial(2),
+    nn.UpsamplingBilinear2d: _spatial(2),
+}
+
+_ELEMENTWISE_NAMES = (
+    *("add", "sub", "mul", "div", "true_divide", "pow", "maximum", "minimum", "neg", "abs", "exp", "log", "sqrt"),
+    *("rsqrt", "square", "sigmoid", "tanh", "relu", "clamp", "clip", "erf", "sin", "cos", "where", "lerp", "round"),
+)
+_SAME_SHAPE_FUNCTIONS = (
+    *(F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus, F.softsign),
+    *(F.sigmoid, F.tanh, F.hardsigmoid, F.hardswish, F.hardtanh, F.hardshrink, F.softshrink, F.tanhshrink),
+    *(F.logsigmoid, F.threshold, F.rrelu, F.relu_, F.leaky_relu_, F.elu_, F.hardtanh_),
+    *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+)
+_REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "std")
+_MOVES = (
+    *("flatten", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "movedim", "swapaxes", "swapdims", "chunk"),
+    *("split", "unbind", "narrow", "select", "flip", "roll", "unflatten", "broadcast_to"),
+)
+
+FUNCTION_RULES: dict[Any, Rule] = {
+    **{getattr(torch, name): _pointwise for name in _ELEMENTWISE_NAMES},
+    **{getattr(operator, name): _pointwise for name in ("add", "sub", "mul", "truediv", "pow", "neg")},
+    **{getattr(operator, name): _pointwise for name in ("iadd", "isub", "imul", "itruediv")},
+    **dict.fromkeys(_SAME_SHAPE_FUNCTIONS, _same_shape),
+    **{getattr(torch, name): _reduce for name in _REDUCTIONS},
+    **{getattr(torch, name): _move for name in _MOVES},
+    operator.getitem: _move,
+    torch.cat: _cat,
+    torch.concat: _cat,
+    torch.concatenate: _cat,
+    F.pad: _pad,
+    **dict.fromkeys((F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d), _spatial(1)),
+    **dict.fromkeys((F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d), _spatial(2)),
+    **dict.fromkeys((F.max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d), _spatial(3)),
+}
+
+METHOD_RULES: dict[str, Rule] = {
+    **dict.fromkeys(_ELEMENTWISE_NAMES, _pointwise),
+    **dict.fromkeys(
+        [f"{name}_" for name in ("add", "sub", "mul", "div", "relu", "clamp", "sigmoid", "tanh")], _pointwise
+    ),
+    **dict.fromkeys(("contiguous", "clone", "detach", "float", "double", "half", "bfloat16", "type"), _same_shape),
+    **dict.fromkeys(("to", "type_as", "cpu", "cuda", "requires_grad_"), _same_shape),
+    **dict.fromkeys(_REDUCTIONS, _reduce),
+    **dict.fromkeys((*_MOVES, "view", "expand", "t"), _move),
+}
+
+# Calls whose whole-number arguments are sizes.
+_SIZED = {"view", "reshape", "expand", "unflatten", "broadcast_to", torch.reshape, torch.unflatten, torch.broadcast_to}

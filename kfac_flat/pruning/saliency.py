@@ -1,0 +1,95 @@
+"""Theta: the first-order effect of removing each group of neurons, from weights and gradients alone.
+
+A neuron is gone exactly when no layer reads it any more, so let a mask m_i multiply it where layers read it. Then
+
+    d objective / d m_i  =  sum over reading layers of  <W[:, i], d objective / d W[:, i]>
+
+and, for the penalty, the direct dependence of rho on m_i through A [HGNP eq. 5-6, written with weights].
+Theta_i is its absolute value, averaged over the optimizer steps seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def mask_gradient(weight: Tensor, gradient: Tensor, groups: int = 1) -> Tensor:
+    """Gradient of the loss at masks on a layer's inputs: weight times gradient, summed over what reads each channel.
+
+    Args:
+        weight: ``[C_out, C_in / groups, *kernel]``.
+        gradient: The loss's gradient with respect to it, same shape.
+        groups: Groups of the convolution.
+
+    Returns:
+        ``[C_in]``.
+    """
+    products = weight.detach() * gradient
+    return products.reshape(groups, -1, weight.shape[1], weight[0, 0].numel()).sum((1, 3)).flatten()
+
+
+class Saliency:
+    """Running mean of Theta over optimizer steps.
+
+    Args:
+        consumers: Modules that read neurons, by name.
+        inputs: For each of them the group that each of its input channels belongs to.
+        ids: The groups that are scored, ascending.
+    """
+
+    def __init__(self, consumers: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], ids: Tensor) -> None:
+        self._consumers = consumers
+        device = next((p.device for m in consumers.values() for p in m.parameters()), torch.device("cpu"))
+        # Channels that cannot go are summed up in one place more than there are groups, and forgotten.
+        self._slots = {name: torch.searchsorted(ids, inputs[name]).to(device) for name in consumers}
+        for name in consumers:
+            scored = torch.isin(inputs[name], ids).to(device)
+            self._slots[name][~scored] = len(ids)
+        self._readers = {name: torch.unique(slots[slots < len(ids)]) for name, slots in self._slots.items()}
+        self._without_gradient = set(consumers)
+        self.total = torch.zeros(len(ids), device=device)
+        self.steps = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def record(self, direct: Mapping[nn.Parameter, Tensor]) -> None:
+        """Add one step, whose gradients are in place; a step with gradients that are not finite is left out.
+
+        Args:
+            direct: Gradient at the input masks that does not go through the weights, by the layer's weight, ``[C_in]``.
+        """
+        theta = torch.zeros(len(self.total) + 1, device=self.total.device)
+        for name, module in self._consumers.items():
+            weight: nn.Parameter = module.weight  # type: ignore[assignment]
+            if weight.grad is None:
+                continue
+            self._without_gradient.discard(name)
+            contribution = mask_gradient(weight, weight.grad, int(getattr(module, "groups", 1)))
+            if weight in direct:
+                contribution = contribution + direct[weight]
+            theta.index_add_(0, self._slots[name], contribution.to(theta.dtype))
+        finite = theta.isfinite().all()
+        self.total += torch.where(finite, theta[:-1].abs(), 0.0)
+        self.steps += finite
+
+    def scores(self) -> list[float] | None:
+        """Theta of each group; infinite where a layer that reads it had no gradient; None before the first step."""
+        if not float(self.steps):
+            return None
+        theta = self.total / self.steps
+        for name in self._without_gradient:
+            theta[self._readers[name]] = torch.inf
+        scores: list[float] = theta.tolist()
+        return scores
+
+    def state_dict(self) -> dict[str, object]:
+        """Plain tensors and names."""
+        return {"total": self.total, "steps": self.steps, "without_gradient": sorted(self._without_gradient)}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Restore what :meth:`state_dict` gave for the same groups."""
+        self.total.copy_(state["total"])  # type: ignore[arg-type]
+        self.steps.copy_(state["steps"])  # type: ignore[arg-type]
+        self._without_gradient = set(state["without_gradient"])  # type: ignore[call-overload]

@@ -1,0 +1,393 @@
+"""NeuronPruner: stepped once an epoch like a learning-rate scheduler, it makes the model smaller."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kfac_flat.pruning.budget import Groups, Schedule
+from kfac_flat.pruning.graph import Channels, NeuronGraph
+from kfac_flat.pruning.report import PruneReport, Size
+from kfac_flat.pruning.saliency import Saliency
+from kfac_flat.pruning.surgery import Surgery
+from kfac_flat.pruning.tracing import skeleton
+from kfac_flat.structure import Kept, unwrap
+
+
+@runtime_checkable
+class PenalisingOptimizer(Protocol):
+    """An optimizer whose objective depends on neurons beyond what the weights' gradients tell."""
+
+    def input_mask_gradients(self) -> Mapping[nn.Parameter, Tensor]:
+        """Gradient at masks on layers' inputs that does not go through the weights, ``[C_in]``, by the weight."""
+
+
+class NeuronPruner:
+    """Remove the neurons that matter least, physically, while training goes on.
+
+    A neuron is an output channel of a Linear or convolution, the model's own outputs not counted. Channels that a
+    residual addition or a shared reader ties together go together. Which matter least is told by Theta, the first-order
+    effect of removing them on the objective that the optimizer descends: the loss and, with :class:`FlatKFAC`, its
+    penalty [Ebrahimi & Klabjan, arXiv 2111.08577, eq. 5-6]. It is read from weights and gradients at each optimizer
+    step, at no extra pass. All layers compete, per neuron removed.
+
+    The Parameter objects stay the same, the optimizer's state of the kept entries stays as it was, and what cannot be
+    followed through the model is left uncut: see :attr:`frozen`.
+
+    Args:
+        model: The model being trained; wrapped by ``torch.compile`` if you like.
+        optimizer: Any torch optimizer over its parameters.
+        example_inputs: What the model is called with: a tensor, a tuple of positional or a dict of keyword arguments.
+        target: Share of the neurons to remove in the end, in (0, 1).
+        start: Epochs of training before the first removal.
+        every: Epochs from one removal to the next.
+        events: Number of removals, of equal size.
+        min_neurons: Neurons that each layer keeps at least.
+        round_to: Leave layers that are cut at a multiple of this width; None for any.
+        ignore: Layers whose neurons stay: names (shell patterns allowed) or classes.
+
+    Raises:
+        TypeError: if ``model`` or ``optimizer`` is of another kind.
+        ValueError: if an option is out of range, the model cannot be traced or run, or the target cannot be reached.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> pruner = NeuronPruner(model, optimizer, torch.randn(1, 4), target=0.5, start=1, every=1, events=1)
+        >>> nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(3, (16,))).backward()
+        >>> optimizer.step()
+        >>> pruner.step().widths_after
+        {'0': 4, '2': 3}
+        >>> model
+        Sequential(
+          (0): Linear(in_features=4, out_features=4, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=4, out_features=3, bias=True)
+        )
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        example_inputs: Any,
+        *,
+        target: float,
+        start: int = 5,
+        every: int = 2,
+        events: int = 5,
+        min_neurons: int = 1,
+        round_to: int | None = None,
+        ignore: Iterable[str | type[nn.Module]] = (),
+    ) -> None:
+        self._schedule = Schedule(start, every, events)
+        _check_options(model, optimizer, target, min_neurons, round_to)
+        self._model, self._optimizer = unwrap(model), optimizer
+        _check_shared(self._model, optimizer)
+        self._target, self._min_neurons, self._round_to = target, min_neurons, round_to or 1
+        self._graph = NeuronGraph(self._model, example_inputs, _ignored(self._model, ignore))
+        self._channels = self._graph.channels
+        self._kept = {n: (torch.arange(len(c.inputs)), torch.arange(len(c.outputs))) for n, c in self._channels.items()}
+        self._size = self._measure(self._model, self._channels)
+        self._original_neurons = self._size.neurons
+        self._epoch = self._event = 0
+        self.history: list[PruneReport] = []
+        self._restart()
+        self._check_reachable()
+        handle = optimizer.register_step_pre_hook(_recording_hook(self))
+        weakref.finalize(self, handle.remove)
+
+    # ---------------------------------------------------------------- reading
+
+    @property
+    def sparsity(self) -> float:
+        """Neurons removed so far / original neurons."""
+        return 1 - self._size.neurons / self._original_neurons
+
+    @property
+    def finished(self) -> bool:
+        """Whether the target has been reached, or all events have passed."""
+        return self.sparsity >= self._target or self._event >= self._schedule.events
+
+    @property
+    def size(self) -> Size:
+        """Neurons, parameters and multiply-accumulates of the model as it is."""
+        return self._size
+
+    @property
+    def frozen(self) -> dict[str, str]:
+        """Layers with neurons that cannot go, by name, and why."""
+        return dict(self._graph.frozen)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Output channels of every Linear and convolution as it is now, by name."""
+        return self._widths(self._channels)
+
+    # ---------------------------------------------------------------- stepping
+
+    def step(self) -> PruneReport:
+        """End an epoch: remove neurons if the schedule says so, and report.
+
+        Raises:
+            CutError: if the cut cannot be made; model, optimizer and pruner are as they were before the call.
+        """
+        epoch = self._epoch + 1
+        scores = self._saliency.scores()
+        if self.finished:
+            report = self._report(epoch, reason=_FINISHED)
+        elif not self._schedule.is_due(epoch):
+            report = self._report(epoch, reason=f"the schedule has no removal at the end of epoch {epoch}")
+        elif scores is None:
+            report = self._report(epoch, reason=_UNSCORED)
+        else:
+            report, gone = self._choose(epoch, scores)
+            if report:
+                self._cut(gone)
+                self._size = report.after
+                self._restart()
+            self._event += 1
+        self._epoch = epoch
+        self.history.append(report)
+        return report
+
+    def plan(self) -> PruneReport:
+        """Tell what the next removal would do if it came now; nothing changes."""
+        scores = self._saliency.scores()
+        if self.finished or scores is None:
+            return self._report(self._epoch, reason=_FINISHED if self.finished else _UNSCORED)
+        return self._choose(self._epoch, scores)[0]
+
+    def _choose(self, epoch: int, scores: list[float]) -> tuple[PruneReport, Tensor]:
+        """Choose the groups that go with the next event, and prove on a skeleton that the model can do without them."""
+        due = round(self._target * self._schedule.share(self._event + 1) * self._original_neurons)
+        count = due - (self._original_neurons - self._size.neurons)
+        gone = self._groups.cheapest(scores, count, min_neurons=self._min_neurons, round_to=self._round_to)
+        if not len(gone):
+            return self._report(epoch, reason=self._why_less(scores)), gone
+        remaining = self._without(gone)
+        small = skeleton(self._model)
+        Surgery(small, self._kept_without(gone)).apply()
+        self._graph.verify(small, remaining)
+        after = self._measure(small, remaining)
+        reason = self._why_less(scores) if self._size.neurons - after.neurons < count else ""
+        return self._report(epoch, gone, after, reason), gone
+
+    def _cut(self, gone: Tensor) -> None:
+        """Make a cut on the model and all that follows it."""
+        kept = self._kept_without(gone)
+        Surgery(self._model, kept, self._optimizer).apply()
+        for name, keep in kept.items():
+            inputs, outputs = self._kept[name]
+            self._kept[name] = inputs[keep.inputs], outputs[keep.outputs]
+        self._channels = self._without(gone)
+
+    def _without(self, gone: Tensor) -> dict[str, Channels]:
+        """Return the channels that remain when these groups have left."""
+        return {
+            name: Channels(c.inputs[~torch.isin(c.inputs, gone)], c.outputs[~torch.isin(c.outputs, gone)])
+            for name, c in self._channels.items()
+        }
+
+    def _kept_without(self, gone: Tensor) -> dict[str, Kept]:
+        """Positions that remain when these groups have left, of each module that loses any, in the model as it is."""
+        kept = {}
+        for name, c in self._channels.items():
+            inputs, outputs = ((~torch.isin(ids, gone)).nonzero().flatten() for ids in (c.inputs, c.outputs))
+            if len(inputs) < len(c.inputs) or len(outputs) < len(c.outputs):
+                kept[name] = Kept(inputs, outputs)
+        return kept
+
+    def _restart(self) -> None:
+        """Begin to score anew: effects measured before a cut say little of the model after it."""
+        self._groups = Groups.of({name: self._channels[name].outputs for name in self._graph.hidden})
+        consumers = {name: self._model.get_submodule(name) for name in self._graph.consumers}
+        self._saliency = Saliency(consumers, {n: self._channels[n].inputs for n in consumers}, self._groups.ids)
+
+    def _record(self) -> None:
+        """Score a step that is about to be made, on the gradients it is made with."""
+        optimizer = self._optimizer
+        direct = optimizer.input_mask_gradients() if isinstance(optimizer, PenalisingOptimizer) else {}
+        self._saliency.record(direct)
+
+    # ---------------------------------------------------------------- reporting
+
+    def _measure(self, model: nn.Module, channels: Mapping[str, Channels]) -> Size:
+        neurons = sum(len(channels[name].outputs) for name in self._graph.hidden)
+        return Size(neurons, sum(p.numel() for p in model.parameters()), self._graph.macs(model))
+
+    def _widths(self, channels: Mapping[str, Channels]) -> dict[str, int]:
+        return {name: len(channels[name].outputs) for name in self._graph.producers}
+
+    def _report(
+        self, epoch: int, gone: Tensor | None = None, after: Size | None = None, reason: str = ""
+    ) -> PruneReport:
+        remaining = self._channels if gone is None else self._without(gone)
+        after = after or self._size
+        removed = {}
+        for name in self._graph.producers if gone is not None else ():
+            lost = torch.isin(self._channels[name].outputs, gone)  # type: ignore[arg-type]
+            if lost.any():
+                removed[name] = self._kept[name][1][lost]
+        return PruneReport(
+            epoch=epoch,
+            widths_before=self._widths(self._channels),
+            widths_after=self._widths(remaining),
+            before=self._size,
+            after=after,
+            sparsity=1 - after.neurons / self._original_neurons,
+            removed=removed,
+            reason=reason,
+        )
+
+    def _why_less(self, scores: list[float]) -> str:
+        """Say what keeps the neurons that were due."""
+        unscored = sum(score == math.inf for score in scores)
+        reasons = [f"what is left is at its floor (min_neurons={self._min_neurons}, round_to={self._round_to})"]
+        if unscored:
+            reasons.append(f"{unscored} groups are read by layers whose weights had no gradient")
+        if self.frozen:
+            reasons.append("layers named in pruner.frozen cannot lose neurons")
+        return "fewer neurons went than were due: " + "; ".join(reasons)
+
+    def _check_reachable(self) -> None:
+        """Refuse a target that no cut can reach, rather than stop short of it after hours."""
+        groups = self._groups
+        every = self._original_neurons
+        most = groups.cheapest([0.0] * len(groups.ids), every, min_neurons=self._min_neurons, round_to=self._round_to)
+        removable = every - sum(len(c.outputs) for n, c in self._without(most).items() if n in self._graph.hidden)
+        if removable < self._target * every:
+            frozen = "".join(f"\n  {name}: {reason}" for name, reason in self.frozen.items())
+            raise ValueError(
+                f"target={self._target} cannot be reached: {removable} of the model's {every} neurons can be removed "
+                f"with min_neurons={self._min_neurons}, round_to={self._round_to}. "
+                f"Layers that cannot lose neurons:{frozen}"
+            )
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to go on, plain tensors, numbers and names (``torch.load(..., weights_only=True)``).
+
+        ``["layers"][name]`` is ``{"in": ..., "out": ...}``: the kept channels of each module, ``int64`` positions into
+        the ORIGINAL module. :func:`kfac_flat.shrink` needs no more than that.
+        """
+        return {
+            "layers": {name: {"in": inputs, "out": outputs} for name, (inputs, outputs) in self._kept.items()},
+            "epoch": self._epoch,
+            "event": self._event,
+            "saliency": self._saliency.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Cut the fresh dense model to the recorded shape and go on from there.
+
+        Load the model's and the optimizer's own state dicts afterwards.
+
+        Raises:
+            ValueError: if the state belongs to another model, or this one has been cut already; nothing has changed.
+        """
+        layers = {name: (entry["in"].cpu(), entry["out"].cpu()) for name, entry in state_dict["layers"].items()}
+        if layers.keys() != self._kept.keys():
+            different = sorted(layers.keys() ^ self._kept.keys())
+            raise ValueError(f"the state belongs to another model: {', '.join(different)} stand in one of them only")
+        lost = []
+        for name, (_, outputs) in layers.items():
+            own = self._kept[name][1]
+            if not torch.isin(outputs, own).all():
+                raise ValueError(
+                    f"the state keeps channels of {name} that this model no longer has: load it into the dense model"
+                )
+            lost.append(self._channels[name].outputs[~torch.isin(own, outputs)])
+        gone = torch.unique(torch.cat(lost))
+        kept = self._kept_without(gone)
+        for name, (inputs, outputs) in self._kept.items():
+            keep = kept.get(name, Kept(torch.arange(len(inputs)), torch.arange(len(outputs))))
+            if not (
+                torch.equal(inputs[keep.inputs], layers[name][0])
+                and torch.equal(outputs[keep.outputs], layers[name][1])
+            ):
+                raise ValueError(f"the state keeps other channels of {name} than go together in this model")
+        if len(gone):
+            self._cut(gone)
+        self._size = self._measure(self._model, self._channels)
+        self._epoch, self._event = state_dict["epoch"], state_dict["event"]
+        self._restart()
+        self._saliency.load_state_dict(state_dict["saliency"])
+
+
+_FINISHED = "finished: the target has been reached or all events have passed"
+_UNSCORED = "no optimizer step with finite gradients since the last removal, so nothing is known of the neurons"
+
+
+def _recording_hook(pruner: NeuronPruner) -> Callable[..., Any]:
+    """Make a step pre-hook that does not keep the pruner alive; a closure makes the gradients, so it comes first."""
+    reference = weakref.ref(pruner)
+
+    def record() -> None:
+        alive = reference()
+        if alive is not None:
+            alive._record()
+
+    def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            record()
+            return None
+
+        def recorded() -> Any:
+            loss = closure()
+            record()
+            return loss
+
+        return args[:1], {**kwargs, "closure": recorded}
+
+    return hook
+
+
+def _ignored(model: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> dict[str, str]:
+    """Names of all modules that are, or lie inside, what is to be ignored."""
+    if isinstance(ignore, (str, type)):
+        raise ValueError(f"ignore={ignore!r} must be a collection of names and classes, such as ({ignore!r},)")
+    modules = dict(model.named_modules())
+    found: dict[str, str] = {}
+    for choice in ignore:
+        roots = [
+            name
+            for name, module in modules.items()
+            if (fnmatch.fnmatchcase(name, choice) if isinstance(choice, str) else isinstance(module, choice))
+        ]
+        if not roots:
+            raise ValueError(f"ignore={choice!r} matches no module of the model")
+        inside = (name for name in modules if any(name == root or name.startswith(f"{root}.") for root in roots))
+        found.update(dict.fromkeys(inside, "ignored on request"))
+    return found
+
+
+def _check_options(model: Any, optimizer: Any, target: float, min_neurons: int, round_to: int | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer instance, not {type(optimizer).__name__}")
+    if not 0 < target < 1:
+        raise ValueError(f"target={target} must lie in (0, 1): it is the share of neurons to remove")
+    for name, value in (("min_neurons", min_neurons), ("round_to", 1 if round_to is None else round_to)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
+
+
+def _check_shared(model: nn.Module, optimizer: Optimizer) -> None:
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise TypeError("prune the model inside the wrapper, model.module, and wrap it anew after each removal")
+    of_model = {id(p) for p in model.parameters()}
+    if not any(id(p) in of_model for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            "none of the optimizer's parameters belongs to the model: build it from the parameters of this very model"
+        )

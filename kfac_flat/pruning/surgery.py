@@ -1,0 +1,218 @@
+"""The cut: modules, parameters, gradients and optimizer state lose the same channels, or nothing changes.
+
+``torch.utils.swap_tensors`` puts the smaller tensor into the very Parameter that optimizer, user and module hold.
+Everything is computed before anything is swapped, and what was swapped can be swapped back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from kfac_flat.pruning import rules
+from kfac_flat.pruning.graph import CutError
+from kfac_flat.structure import Kept
+
+# Which positions stay along which axes of a tensor.
+Selection: TypeAlias = dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class ModuleCut:
+    """What a module becomes: the selection of each of its tensors, by name, and its new attributes."""
+
+    tensors: dict[str, Selection]
+    attributes: dict[str, int]
+
+
+def module_cut(module: nn.Module, kept: Kept) -> ModuleCut:
+    """Work out what keeping some channels means for a module.
+
+    Raises:
+        CutError: if the module has no rule, or a grouped convolution would get groups of unequal size.
+    """
+    inputs, outputs = kept.inputs, kept.outputs
+    if isinstance(module, nn.Linear):
+        return ModuleCut(
+            {"weight": {0: outputs, 1: inputs}, "bias": {0: outputs}},
+            {"in_features": len(inputs), "out_features": len(outputs)},
+        )
+    if isinstance(module, rules.BATCH_NORMS):
+        names = ("weight", "bias", "running_mean", "running_var")
+        return ModuleCut({name: {0: outputs} for name in names}, {"num_features": len(outputs)})
+    if isinstance(module, rules.CONVS):
+        attributes = {"in_channels": len(inputs), "out_channels": len(outputs)}
+        if rules.is_depthwise(module):
+            return ModuleCut({"weight": {0: outputs}, "bias": {0: outputs}}, attributes | {"groups": len(inputs)})
+        per_group = module.in_channels // module.groups
+        columns = inputs[inputs < per_group]
+        if not torch.equal(torch.cat([columns + g * per_group for g in range(module.groups)]), inputs):
+            raise CutError(f"the groups of {module} would lose different input channels")
+        if len(outputs) % module.groups:
+            raise CutError(f"the groups of {module} would have outputs of unequal number")
+        return ModuleCut({"weight": {0: outputs, 1: columns}, "bias": {0: outputs}}, attributes)
+    raise CutError(f"{type(module).__name__} has no rule for cutting")
+
+
+def select(t: Tensor, selection: Selection) -> Tensor:
+    """Return a copy of ``t`` with only the selected positions, in the same memory format, without a graph."""
+    t = t.detach()
+    last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+    for dim, index in selection.items():
+        t = t.index_select(dim, index.to(t.device))
+    return t.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _swap(a: Tensor, b: Tensor) -> None:
+    torch.utils.swap_tensors(a, b)  # type: ignore[no-untyped-call]
+
+
+class Surgery:
+    """A prepared cut of a model and of what follows it.
+
+    Args:
+        model: The model.
+        kept: What remains of each module that loses channels, by name.
+        optimizer: Whose state for the parameters is cut along.
+
+    Raises:
+        CutError: if it cannot be done; nothing has been changed.
+    """
+
+    def __init__(self, model: nn.Module, kept: Mapping[str, Kept], optimizer: Optimizer | None = None) -> None:
+        self._attributes: list[tuple[nn.Module, dict[str, int]]] = []
+        self._selections: dict[Tensor, Selection] = {}
+        names: dict[Tensor, str] = {}
+        for name, keep in kept.items():
+            module = model.get_submodule(name)
+            cut = module_cut(module, keep)
+            self._attributes.append((module, cut.attributes))
+            for tensor_name, selection in cut.tensors.items():
+                t = getattr(module, tensor_name)
+                if t is not None:
+                    names[t] = f"{name}.{tensor_name}"
+                    self._note(names[t], t, selection)
+        self._swaps = [(t, self._smaller(names[t], t)) for t in self._selections]
+        self._states = [] if optimizer is None else list(self._cut_states(optimizer, names))
+        self._followers: list[Callable[[], None]] = []
+        follow = getattr(optimizer, "prepare_cut", None)
+        if follow is not None:
+            self._followers.append(follow(kept, self.like))
+
+    def like(self, p: Tensor, t: Tensor) -> Tensor:
+        """Cut a tensor of the shape of the parameter ``p`` as ``p`` itself will be."""
+        return select(t, self._selections[p]) if p in self._selections else t
+
+    def apply(self) -> None:
+        """Make the cut, wholly or not at all.
+
+        Raises:
+            CutError: if torch refuses to exchange a tensor; everything is as before.
+        """
+        done: list[tuple[Tensor, Tensor]] = []
+        try:
+            for old, new in self._swaps:
+                _swap(old, new)
+                done.append((old, new))
+        except RuntimeError as error:
+            for old, new in reversed(done):
+                _swap(old, new)
+            raise CutError(f"a tensor of shape {list(old.shape)} cannot be exchanged: {error}") from error
+        for module, attributes in self._attributes:
+            for name, value in attributes.items():
+                setattr(module, name, value)
+        for state, new_values in self._states:
+            state.update(new_values)
+        for follow in self._followers:
+            follow()
+
+    def _note(self, name: str, t: Tensor, selection: Selection) -> None:
+        """Remember a tensor's selection; a tensor that two modules share must be asked for the same."""
+        before = self._selections.setdefault(t, selection)
+        if before.keys() != selection.keys() or any(not torch.equal(before[d], selection[d]) for d in before):
+            raise CutError(f"{name} is shared by modules that would keep different parts of it")
+
+    def _smaller(self, name: str, t: Tensor) -> Tensor:
+        """Make the tensor that takes the old one's place: same class, flags, gradient and hooks, fewer channels."""
+        if weakref.getweakrefs(t):
+            raise CutError(
+                f"{name} cannot be cut while something holds a weak reference to it; drop it, or ignore the layer"
+            )
+        selection = self._selections[t]
+        small = select(t, selection)
+        if isinstance(t, nn.Parameter):
+            small = nn.Parameter(small, t.requires_grad)
+            if t.grad is not None:
+                small.grad = select(t.grad, selection)
+        vars(small).update(vars(t))
+        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+            if getattr(t, hooks, None):
+                setattr(small, hooks, getattr(t, hooks))
+        return small
+
+    def _cut_states(
+        self, optimizer: Optimizer, names: Mapping[Tensor, str]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Yield the optimizer's state of each cut parameter with its new values."""
+        for t, selection in self._selections.items():
+            state = optimizer.state.get(t)
+            if state:
+                yield state, {key: self._cut_state(names[t], key, value, t, selection) for key, value in state.items()}
+
+    def _cut_state(self, name: str, key: str, value: Any, t: Tensor, selection: Selection) -> Any:
+        """Cut an entry of the parameter's shape, or of length one where it summarises an axis; a number stays."""
+        if (isinstance(value, Tensor) and value.dim() == 0) or not isinstance(value, (Tensor, list, tuple, dict)):
+            return value
+        if isinstance(value, Tensor) and value.dim() == t.dim():
+            sizes = list(zip(value.shape, t.shape, strict=True))
+            if all(size in (1, full) for size, full in sizes):
+                return select(value, {d: index for d, index in selection.items() if sizes[d][0] == sizes[d][1]})
+        raise CutError(
+            f"the optimizer keeps {key!r} for {name} in a form that cannot be cut along with it; "
+            "choose an optimizer whose state has the parameters' shapes, or ignore the layer"
+        )
+
+
+def shrink(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
+    """Cut a fresh dense model to the shape that a manifest records, so that the pruned weights load into it.
+
+    Args:
+        model: The dense model; changed in place.
+        manifest: What :meth:`NeuronPruner.state_dict` returned.
+
+    Returns:
+        The model.
+
+    Raises:
+        CutError: if the manifest does not fit the model; the model has not been changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> kept = {"0": {"in": torch.arange(4), "out": torch.tensor([0, 2])},
+        ...         "2": {"in": torch.tensor([0, 2]), "out": torch.arange(2)}}
+        >>> shrink(model, {"layers": kept})
+        Sequential(
+          (0): Linear(in_features=4, out_features=2, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=2, out_features=2, bias=True)
+        )
+    """
+    kept = {name: Kept(entry["in"].cpu(), entry["out"].cpu()) for name, entry in manifest["layers"].items()}
+    modules = dict(model.named_modules())
+    for name, keep in kept.items():
+        if name not in modules:
+            raise CutError(f"the manifest names a module {name!r} that the model does not have")
+        inputs, outputs = rules.channel_counts(modules[name])
+        for what, positions, size in (("input", keep.inputs, inputs), ("output", keep.outputs, outputs)):
+            if len(positions) and int(positions.max()) >= size:
+                raise CutError(
+                    f"{name} has {size} {what} channels, fewer than the manifest keeps: is it the dense model?"
+                )
+    Surgery(model, kept).apply()
+    return model
