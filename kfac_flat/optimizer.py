@@ -6,6 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,48 @@ from kfac_flat.recorder import CallRecorder
 from kfac_flat.structure import Kept, unwrap
 
 Schedule = float | Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The keyword arguments of :class:`FlatKFAC`, found to be in range."""
+
+    mu: Schedule
+    rho_max: Schedule
+    every: int
+    batch_fraction: float
+    fisher: str
+    criterion: nn.Module | None
+    likelihood: str | Likelihood
+    reduction: str
+    layers: list[str | type[nn.Module]] | None
+    eigenpairs: str
+    clip: float | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose {' or '.join(map(repr, allowed))}")
+        if self.fisher == "empirical" and not isinstance(self.criterion, nn.Module):
+            raise ValueError('fisher="empirical" needs criterion=, the loss module of the training loop')
+        for name in ("mu", "rho_max"):
+            value = getattr(self, name)
+            if not callable(value) and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be a number >= 0, or a function of the step count")
+        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
+            raise ValueError(f"every={self.every} must be a whole number of steps, at least 1")
+        if not 0 < self.batch_fraction <= 1:
+            raise ValueError(f"batch_fraction={self.batch_fraction} must lie in (0, 1]")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip={self.clip} must be positive, or None for no bound")
+
+
+_CHOICES = {
+    "fisher": ("sampled", "empirical"),
+    "reduction": ("max", "sum"),
+    "eigenpairs": ("streaming", "exact"),
+}
 
 
 class FlatKFAC(Optimizer):
@@ -97,36 +140,29 @@ class FlatKFAC(Optimizer):
         seed: int = 0,
     ) -> None:
         _check_types(optimizer, model)
-        _check_curvature(fisher, criterion, reduction, eigenpairs)
-        _check_ranges(mu, rho_max, every, batch_fraction, clip)
-        layers = None if layers is None else list(layers)
+        self._options = _Options(
+            mu=mu,
+            rho_max=rho_max,
+            every=every,
+            batch_fraction=batch_fraction,
+            fisher=fisher,
+            criterion=criterion,
+            likelihood=likelihood,
+            reduction=reduction,
+            layers=None if layers is None else list(layers),
+            eigenpairs=eigenpairs,
+            clip=clip,
+            seed=seed,
+        )
         self.base, self.model, self._inner = optimizer, model, unwrap(model)
         super().__setstate__({})  # torch's own way to give an optimizer its hook tables without touching its groups
         self._parameters()  # raises where the optimizer's parameters are not the model's
-        self._mu, self._rho_max = mu, rho_max
-        self._every, self._batch_fraction, self._clip, self._seed = every, batch_fraction, clip, seed
         self._likelihood = resolve(likelihood)
-        self._criterion = criterion if fisher == "empirical" else None
-        self._tracker = RadiusTracker(
-            self._inner, layer_names(self._inner, layers), reduction=reduction, exact=eigenpairs == "exact", seed=seed
-        )
-        self._options = {
-            "mu": mu,
-            "rho_max": rho_max,
-            "every": every,
-            "batch_fraction": batch_fraction,
-            "fisher": fisher,
-            "criterion": criterion,
-            "likelihood": likelihood,
-            "reduction": reduction,
-            "layers": layers,
-            "eigenpairs": eigenpairs,
-            "clip": clip,
-            "seed": seed,
-        }
+        names = layer_names(self._inner, self._options.layers)
+        self._tracker = RadiusTracker(self._inner, names, reduction=reduction, exact=eigenpairs == "exact", seed=seed)
         self._steps = 0
         self._generator: torch.Generator | None = None
-        self._penalty: dict[nn.Parameter, Tensor] = {}
+        self._penalty: dict[nn.Parameter, Tensor] | None = None  # its gradient, once computed
         self._mask_terms: dict[str, Tensor] = {}
         self._skipped: Tensor | None = None
         self._skipped_host = HostCopy()
@@ -216,7 +252,7 @@ class FlatKFAC(Optimizer):
             What the wrapped optimizer returns.
 
         Raises:
-            RuntimeError: if no training forward pass of the model has been seen, and model and optimizer are as before.
+            RuntimeError: if no forward pass of the model with gradients has been seen; model and optimizer are as before.
         """
         if closure is None:
             self._add_penalty()
@@ -231,12 +267,12 @@ class FlatKFAC(Optimizer):
         return self.base.step(closure_with_penalty)
 
     def _add_penalty(self) -> None:
-        if self._value(self._mu) == 0:
-            self._penalty, self._mask_terms = {}, {}
+        if self._value(self._options.mu) == 0:
+            self._penalty, self._mask_terms = None, {}
         elif self._refreshes_next():
-            self._refresh(self._value(self._mu), self._value(self._rho_max))
+            self._refresh(self._value(self._options.mu), self._value(self._options.rho_max))
         self._steps += 1
-        pairs = [(p.grad, g) for p, g in self._penalty.items() if p.grad is not None]
+        pairs = [(p.grad, g) for p, g in (self._penalty or {}).items() if p.grad is not None and p.shape == g.shape]
         if pairs:
             gradients, penalties = zip(*pairs, strict=True)
             torch._foreach_add_(gradients, penalties)
@@ -246,16 +282,17 @@ class FlatKFAC(Optimizer):
         call = self._calls.last
         if call is None:
             raise RuntimeError(
-                "FlatKFAC.step() has seen no training forward pass of the model it was given: call the model (not a "
-                "copy of it or a part of it) with gradients enabled and in train mode before step()"
+                "FlatKFAC.step() has seen no forward pass of the model it was given since its last refresh: call that "
+                "model (not a copy or a part of it) with gradients enabled before step()"
             )
-        examples = max(min(2, call.batch_size), round(self._batch_fraction * call.batch_size))
+        examples = max(min(2, call.batch_size), round(self._options.batch_fraction * call.batch_size))
         args, kwargs = call.first(examples)
         parameters = [p for p in self._parameters() if p.grad is not None and p.grad.layout == torch.strided]
-        loss = self._sampled_loss if self._criterion is None else self._empirical_loss(call.batch_size, examples)
+        sampled = self._criterion_calls is None
+        loss = self._sampled_loss if sampled else self._empirical_loss(call.batch_size, examples)
         with call.conditions():
             gradient = self._tracker.gradient(args, kwargs, loss, parameters)
-        self._calls.last = None
+        self._forget_calls()
         found = {p: g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
         finite, scale = self._scale(mu * (gradient.rho > rho_max), parameters, found.values())
         self._penalty = {p: torch.where(finite, g * scale, 0.0).to(p.grad.dtype) for p, g in found.items()}  # type: ignore[union-attr]
@@ -269,9 +306,9 @@ class FlatKFAC(Optimizer):
         loss_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
         penalty_norm = weight * get_total_norm(list(penalty))
         finite = loss_norm.isfinite() & penalty_norm.isfinite()
-        if self._clip is not None:
+        if self._options.clip is not None:
             tiny = torch.finfo(penalty_norm.dtype).tiny
-            weight = weight * (self._clip * loss_norm / penalty_norm.clamp(min=tiny)).clamp(max=1.0)
+            weight = weight * (self._options.clip * loss_norm / penalty_norm.clamp(min=tiny)).clamp(max=1.0)
         return finite, weight
 
     def _count_skipped(self, finite: Tensor) -> None:
@@ -291,7 +328,7 @@ class FlatKFAC(Optimizer):
 
     def _sampled_loss(self, output: Any) -> Tensor:
         """Sum of the negative log-likelihoods at labels drawn from the model's own prediction."""
-        if not isinstance(output, Tensor) and isinstance(self._options["likelihood"], str):
+        if not isinstance(output, Tensor) and isinstance(self._options.likelihood, str):
             raise TypeError(
                 f"the model returns a {type(output).__name__}, so FlatKFAC cannot tell which part of it is the "
                 "prediction: give likelihood= a callable (output, generator) -> negative log-likelihoods [N], for "
@@ -304,7 +341,8 @@ class FlatKFAC(Optimizer):
 
     def _empirical_loss(self, batch_size: int, examples: int) -> Callable[[Any], Tensor]:
         """Sum of the criterion's example losses at the targets it was last called with."""
-        criterion, call = self._criterion, self._criterion_calls.last if self._criterion_calls else None
+        criterion, calls = self._options.criterion, self._criterion_calls
+        call = calls and calls.last
         if call is None or criterion is None:
             raise RuntimeError(
                 'fisher="empirical" takes the targets from the criterion: call the very module given as criterion= '
@@ -328,7 +366,7 @@ class FlatKFAC(Optimizer):
     def _label_generator(self) -> torch.Generator:
         device = next(self._inner.parameters()).device
         if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self._seed)
+            self._generator = torch.Generator(device).manual_seed(self._options.seed)
         return self._generator
 
     def _parameters(self) -> list[nn.Parameter]:
@@ -348,14 +386,23 @@ class FlatKFAC(Optimizer):
 
         def wanted() -> bool:
             alive = optimizer()
-            return alive is not None and alive.model.training and alive._refreshes_next()
+            return alive is not None and alive._refreshes_next()
 
         calls = CallRecorder.attach(self.model, wanted, owner=self)
-        return calls, None if self._criterion is None else CallRecorder.attach(self._criterion, wanted, owner=self)
+        if self._options.fisher == "sampled" or self._options.criterion is None:
+            return calls, None
+        return calls, CallRecorder.attach(self._options.criterion, wanted, owner=self)
+
+    def _forget_calls(self) -> None:
+        """Let go of the batch, which is of no use any more."""
+        self._calls.last = None
+        if self._criterion_calls is not None:
+            self._criterion_calls.last = None
 
     def _refreshes_next(self) -> bool:
         """Tell whether the next step computes the penalty's gradient."""
-        return self._value(self._mu) != 0 and (self._steps % self._every == 0 or not self._penalty)
+        due = self._steps % self._options.every == 0 or self._penalty is None
+        return due and self._value(self._options.mu) != 0
 
     def _value(self, schedule: Schedule) -> float:
         return schedule(self._steps) if callable(schedule) else schedule
@@ -375,7 +422,7 @@ class FlatKFAC(Optimizer):
             A function that puts the result in place, once the parameters have been cut.
         """
         eigenvectors = self._tracker.selected(kept)
-        penalty = {p: select(p, g) for p, g in self._penalty.items()}
+        penalty = None if self._penalty is None else {p: select(p, g) for p, g in self._penalty.items()}
         mask_terms = {
             name: m.index_select(0, kept[name].inputs.to(m.device)) if name in kept else m
             for name, m in self._mask_terms.items()
@@ -384,7 +431,7 @@ class FlatKFAC(Optimizer):
         def commit() -> None:
             self._tracker.eigenvectors = eigenvectors
             self._penalty, self._mask_terms = penalty, mask_terms
-            self._calls.last = None
+            self._forget_calls()
 
         return commit
 
@@ -400,7 +447,7 @@ class FlatKFAC(Optimizer):
             "steps": self._steps,
             "skipped": self.skipped,
             "generator": None if self._generator is None else self._generator.get_state(),
-            "penalty": {index[id(p)]: g for p, g in self._penalty.items()},
+            "penalty": None if self._penalty is None else {index[id(p)]: g for p, g in self._penalty.items()},
             "mask_terms": dict(self._mask_terms),
             **self._tracker.state_dict(),
         }
@@ -419,7 +466,8 @@ class FlatKFAC(Optimizer):
 
     def _load_own(self, own: Mapping[str, Any]) -> None:
         parameters = [p for group in self.param_groups for p in group["params"]]
-        for i, g in own["penalty"].items():
+        penalty = own["penalty"] or {}
+        for i, g in penalty.items():
             if i >= len(parameters) or parameters[i].shape != g.shape:
                 raise ValueError(
                     "the checkpoint's penalty gradient fits other parameters: load the pruner's state into the dense "
@@ -429,13 +477,20 @@ class FlatKFAC(Optimizer):
         self._steps = own["steps"]
         device = parameters[0].device
         self._skipped = torch.tensor(own["skipped"], device=device)
-        self._penalty = {parameters[i]: g.to(parameters[i], copy=True) for i, g in own["penalty"].items()}
+        self._penalty = {parameters[i]: g.to(parameters[i], copy=True) for i, g in penalty.items()}
+        if own["penalty"] is None:
+            self._penalty = None
         self._mask_terms = {name: m.to(device, copy=True) for name, m in own["mask_terms"].items()}
         if own["generator"] is not None:
             self._label_generator().set_state(own["generator"].cpu())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"base": self.base, "model": self.model, "options": self._options, "own": self.state_dict()["kfac_flat"]}
+        return {
+            "base": self.base,
+            "model": self.model,
+            "options": vars(self._options),
+            "own": self.state_dict()["kfac_flat"],
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if not state:
@@ -455,28 +510,3 @@ def _check_types(optimizer: Any, model: Any) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-
-
-def _check_curvature(fisher: str, criterion: nn.Module | None, reduction: str, eigenpairs: str) -> None:
-    for name, value, allowed in (
-        ("fisher", fisher, ("sampled", "empirical")),
-        ("reduction", reduction, ("max", "sum")),
-        ("eigenpairs", eigenpairs, ("streaming", "exact")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is unknown: choose {' or '.join(map(repr, allowed))}")
-    if fisher == "empirical" and not isinstance(criterion, nn.Module):
-        raise ValueError('fisher="empirical" needs criterion=, the loss module of the training loop')
-
-
-def _check_ranges(mu: Schedule, rho_max: Schedule, every: int, batch_fraction: float, clip: float | None) -> None:
-    if not callable(mu) and not 0 <= mu < math.inf:
-        raise ValueError(f"mu={mu} must be a number >= 0, or a function of the step count")
-    if not callable(rho_max) and not 0 <= rho_max < math.inf:
-        raise ValueError(f"rho_max={rho_max} must be a number >= 0, or a function of the step count")
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every={every} must be a whole number of steps, at least 1")
-    if not 0 < batch_fraction <= 1:
-        raise ValueError(f"batch_fraction={batch_fraction} must lie in (0, 1]")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip={clip} must be positive, or None for no bound")

@@ -20,13 +20,14 @@ class RecordedCall:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    training: bool
     device: torch.device
     random_states: dict[torch.device, Tensor]
     autocast: dict[str, Any]
 
     @classmethod
-    def now(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall:
-        """Record a call that is about to happen."""
+    def now(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall:
+        """Record a call of the module that is about to happen."""
         device = next((t.device for t in tensors((args, kwargs))), torch.device("cpu"))
         states = {torch.device("cpu"): torch.get_rng_state()}
         if device.type == "cuda":
@@ -36,7 +37,7 @@ class RecordedCall:
             "enabled": torch.is_autocast_enabled(device.type),
             "dtype": torch.get_autocast_dtype(device.type),
         }
-        return cls(args, kwargs, device, states, autocast)
+        return cls(args, kwargs, module.training, device, states, autocast)
 
     @property
     def batch_size(self) -> int:
@@ -65,6 +66,7 @@ class RecordedCall:
 class CallRecorder:
     """A forward pre-hook that keeps the last call made with gradients enabled while ``wanted()`` says so.
 
+    A call in train mode is not displaced by one in eval mode: that is somebody looking at the model in between.
     Copies of the module carry a recorder that records nothing: their calls are not the original's.
     """
 
@@ -82,8 +84,10 @@ class CallRecorder:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record a call, as ``register_forward_pre_hook`` announces it."""
-        if self._wanted is not None and torch.is_grad_enabled() and self._wanted():
-            self.last = RecordedCall.now(args, kwargs)
+        if self._wanted is None or not torch.is_grad_enabled() or not self._wanted():
+            return
+        if self.last is None or module.training or not self.last.training:
+            self.last = RecordedCall.now(module, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallRecorder:
         return CallRecorder()

@@ -244,7 +244,7 @@ def _same_shape(op: Operation) -> Any:
     return op.subject
 
 
-def _pad(op: Operation) -> Tensor:
+def _pad(op: Operation) -> Any:
     """Padding of axes along which the neuron is the same."""
     widths = op.args[1] if len(op.args) > 1 else op.kwargs["pad"]
     return _spatial(len(widths) // 2)(op)

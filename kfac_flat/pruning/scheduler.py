@@ -374,6 +374,8 @@ def _ignored(model: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> dict[
 def _check_options(model: Any, optimizer: Any, target: float, min_neurons: int, round_to: int | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise TypeError("prune the model inside the wrapper, model.module, and wrap it anew after each removal")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer instance, not {type(optimizer).__name__}")
     if not 0 < target < 1:
@@ -384,8 +386,6 @@ def _check_options(model: Any, optimizer: Any, target: float, min_neurons: int, 
 
 
 def _check_shared(model: nn.Module, optimizer: Optimizer) -> None:
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise TypeError("prune the model inside the wrapper, model.module, and wrap it anew after each removal")
     of_model = {id(p) for p in model.parameters()}
     if not any(id(p) in of_model for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
