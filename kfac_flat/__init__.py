@@ -8,7 +8,7 @@
 from kfac_flat.curvature import likelihood
 from kfac_flat.curvature.measure import spectral_radii
 from kfac_flat.optimizer import FlatKFAC
-from kfac_flat.pruning.graph import CutError
+from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.scheduler import NeuronPruner
 from kfac_flat.pruning.surgery import shrink

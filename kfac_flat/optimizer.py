@@ -252,7 +252,7 @@ class FlatKFAC(Optimizer):
             What the wrapped optimizer returns.
 
         Raises:
-            RuntimeError: if no forward pass of the model with gradients has been seen; model and optimizer are as before.
+            RuntimeError: if no forward pass of the model has been seen; model and optimizer are as before.
         """
         if closure is None:
             self._add_penalty()
@@ -285,16 +285,17 @@ class FlatKFAC(Optimizer):
                 "FlatKFAC.step() has seen no forward pass of the model it was given since its last refresh: call that "
                 "model (not a copy or a part of it) with gradients enabled before step()"
             )
+        parameters = [p for p in self._parameters() if p.grad is not None and p.grad.layout == torch.strided]
+        if not parameters:
+            return  # the wrapped optimizer has nothing to do either
         examples = max(min(2, call.batch_size), round(self._options.batch_fraction * call.batch_size))
         args, kwargs = call.first(examples)
-        parameters = [p for p in self._parameters() if p.grad is not None and p.grad.layout == torch.strided]
         sampled = self._criterion_calls is None
         loss = self._sampled_loss if sampled else self._empirical_loss(call.batch_size, examples)
-        with call.conditions():
-            gradient = self._tracker.gradient(args, kwargs, loss, parameters)
+        gradient = self._tracker.gradient(args, kwargs, loss, parameters, call.conditions)
         self._forget_calls()
         found = {p: g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
-        finite, scale = self._scale(mu * (gradient.rho > rho_max), parameters, found.values())
+        finite, scale = self._scale(mu * (gradient.rho > rho_max).to(gradient.rho), parameters, found.values())
         self._penalty = {p: torch.where(finite, g * scale, 0.0).to(p.grad.dtype) for p, g in found.items()}  # type: ignore[union-attr]
         self._mask_terms = {name: torch.where(finite, m * scale, 0.0) for name, m in gradient.input_masks.items()}
         self._count_skipped(finite)
@@ -323,7 +324,7 @@ class FlatKFAC(Optimizer):
                 "FlatKFAC left the penalty out of a step because the loss, its gradients or the curvature were not "
                 "finite; the wrapped optimizer stepped as it would have. Further cases are counted in "
                 "FlatKFAC.skipped without a warning",
-                stacklevel=4,
+                stacklevel=6,  # the line that called step(), past torch's own wrapper
             )
 
     def _sampled_loss(self, output: Any) -> Tensor:
@@ -342,7 +343,7 @@ class FlatKFAC(Optimizer):
     def _empirical_loss(self, batch_size: int, examples: int) -> Callable[[Any], Tensor]:
         """Sum of the criterion's example losses at the targets it was last called with."""
         criterion, calls = self._options.criterion, self._criterion_calls
-        call = calls and calls.last
+        call = None if calls is None else calls.last
         if call is None or criterion is None:
             raise RuntimeError(
                 'fisher="empirical" takes the targets from the criterion: call the very module given as criterion= '
@@ -359,9 +360,10 @@ class FlatKFAC(Optimizer):
                 f"the criterion was last called on {call.batch_size} examples and the model on {batch_size}: with "
                 'fisher="empirical", call criterion(model(x), y) on the same batch'
             )
-        targets, kwargs = call.first(examples)
+        args, kwargs = call.first(examples)
+        kwargs.pop("input", None)  # the model's output, by position or by name
         factor = examples if reduction == "mean" else 1
-        return lambda output: criterion.forward(output, *targets[1:], **kwargs).sum() * factor
+        return lambda output: criterion.forward(output, *args[1:], **kwargs).sum() * factor
 
     def _label_generator(self) -> torch.Generator:
         device = next(self._inner.parameters()).device
@@ -372,7 +374,7 @@ class FlatKFAC(Optimizer):
     def _parameters(self) -> list[nn.Parameter]:
         """The parameters that are both the optimizer's and the model's, in the optimizer's order."""
         of_model = {id(p) for p in self._inner.parameters()}
-        shared = [p for group in self.param_groups for p in group["params"] if id(p) in of_model]
+        shared = [p for p in self._all_parameters() if id(p) in of_model]
         if not shared:
             raise ValueError(
                 "none of the optimizer's parameters belongs to the model: build the optimizer from the parameters of "
@@ -442,7 +444,7 @@ class FlatKFAC(Optimizer):
 
         The wrapped optimizer alone can load it as well.
         """
-        index = {id(p): i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        index = {id(p): i for i, p in enumerate(self._all_parameters())}
         own = {
             "steps": self._steps,
             "skipped": self.skipped,
@@ -461,28 +463,42 @@ class FlatKFAC(Optimizer):
         """
         own = state_dict.get("kfac_flat")
         if own is not None:
-            self._load_own(own)
+            self._check_own(own)
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "kfac_flat"})
+        self._load_own(own)
 
-    def _load_own(self, own: Mapping[str, Any]) -> None:
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        penalty = own["penalty"] or {}
-        for i, g in penalty.items():
+    def _check_own(self, own: Mapping[str, Any]) -> None:
+        """See that the curvature's part of a checkpoint fits this model."""
+        parameters = self._all_parameters()
+        for i, g in (own["penalty"] or {}).items():
             if i >= len(parameters) or parameters[i].shape != g.shape:
                 raise ValueError(
                     "the checkpoint's penalty gradient fits other parameters: load the pruner's state into the dense "
                     "model first, then the optimizer's"
                 )
-        self._tracker.load_state_dict(own)
-        self._steps = own["steps"]
+        self._tracker.check_state_dict(own)
+
+    def _load_own(self, own: Mapping[str, Any] | None) -> None:
+        """Restore the curvature's part of a checkpoint, or start afresh."""
+        self._steps, self._generator, self._penalty, self._mask_terms, self._skipped = 0, None, None, {}, None
+        self._forget_calls()
+        self._tracker.reset()
+        if own is None:
+            return
+        parameters = self._all_parameters()
         device = parameters[0].device
+        self._steps = own["steps"]
         self._skipped = torch.tensor(own["skipped"], device=device)
-        self._penalty = {parameters[i]: g.to(parameters[i], copy=True) for i, g in penalty.items()}
-        if own["penalty"] is None:
-            self._penalty = None
         self._mask_terms = {name: m.to(device, copy=True) for name, m in own["mask_terms"].items()}
+        self._tracker.load_state_dict(own)
+        if own["penalty"] is not None:
+            self._penalty = {parameters[i]: g.to(parameters[i], copy=True) for i, g in own["penalty"].items()}
         if own["generator"] is not None:
             self._label_generator().set_state(own["generator"].cpu())
+
+    def _all_parameters(self) -> list[nn.Parameter]:
+        """Every parameter of the wrapped optimizer, in its order."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     def __getstate__(self) -> dict[str, Any]:
         return {

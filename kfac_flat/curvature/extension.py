@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from kfac_flat.curvature.radius import LayerData
 
-# BackPACK leaves its result on the weight, which twin and model share: an unmistakable name, taken off again at once.
+# BackPACK leaves what a rule returns on the weight, which twin and model share. So the data are put on the twin's
+# module instead, and nothing remains on the weight but the name, which is taken off again at once.
 _SAVEFIELD = "_kfac_flat_layer_data"
 
 
@@ -22,8 +23,8 @@ class _ReadWeight(FirstOrderModuleExtension):  # type: ignore[misc]  # BackPACK 
 
     def weight(
         self, ext: LayerDataExtension, module: Any, g_inp: tuple[Tensor], g_out: tuple[Tensor], bpQuantities: None
-    ) -> LayerData:
-        return LayerData(module, module.input0, g_out[0]).to_working_precision()
+    ) -> None:
+        vars(module)[_SAVEFIELD] = LayerData(module, module.input0, g_out[0]).to_working_precision()
 
 
 class LayerDataExtension(FirstOrderBackpropExtension):  # type: ignore[misc]  # BackPACK is untyped
@@ -37,6 +38,7 @@ class LayerDataExtension(FirstOrderBackpropExtension):  # type: ignore[misc]  # 
 
     @staticmethod
     def collect(layer: nn.Module) -> LayerData | None:
-        """Return what was read of the layer, if the backward pass came by, and leave no trace on its weight."""
-        data: LayerData | None = vars(layer.weight).pop(_SAVEFIELD, None)
+        """Return what was read of the layer, if the backward pass came by, and leave no trace."""
+        vars(layer.weight).pop(_SAVEFIELD, None)
+        data: LayerData | None = vars(layer).pop(_SAVEFIELD, None)
         return data

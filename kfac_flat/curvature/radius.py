@@ -125,10 +125,10 @@ def power_step(data: LayerData, v: Eigenvectors) -> Eigenvectors:
 def exact_eigenvectors(data: LayerData) -> Eigenvectors:
     """Top eigenvectors of the factors formed explicitly: O(d^3) and a d x d matrix, for tests and small nets."""
     data = data.detach()
-    return Eigenvectors(
-        top_eigenpair(input_factor(data.layer, data.a))[1],
-        top_eigenpair(output_factor(data.layer, data.g))[1],
-    )
+    factors = input_factor(data.layer, data.a), output_factor(data.layer, data.g)
+    # Decompositions fail on what is not finite; without it any vectors do, since rho is not finite either.
+    A, G = (torch.where(f.isfinite().all(), f, torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)) for f in factors)
+    return Eigenvectors(top_eigenpair(A)[1], top_eigenpair(G)[1])
 
 
 def input_mask_gradient(data: LayerData, v: Eigenvectors) -> Tensor:

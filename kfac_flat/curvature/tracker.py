@@ -6,6 +6,7 @@ the layer that attains the maximum is known from the batch before, so that nothi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from kfac_flat.curvature.radius import (
     power_step,
     radius,
 )
-from kfac_flat.curvature.twin import CalledTwiceError, Twin, quiet_hooks
+from kfac_flat.curvature.twin import CalledTwiceError, Conditions, Twin, quiet_hooks
 from kfac_flat.structure import Kept
 
 # Power steps on the very first batch, from random vectors; afterwards one per batch tracks the moving eigenvectors.
@@ -100,10 +101,15 @@ class RadiusTracker:
         return radii.max() if self._reduction == "max" else radii.sum()
 
     def measure(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor], steps: int = _FIRST_STEPS
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        loss: Callable[[Any], Tensor],
+        conditions: Conditions = contextlib.nullcontext,
+        steps: int = _FIRST_STEPS,
     ) -> None:
         """Bring eigenvectors and radii up to date on a batch, with several power steps and no gradient of rho."""
-        for name, data in self._read(args, kwargs, loss, create_graph=False).items():
+        for name, data in self._read(args, kwargs, loss, conditions, create_graph=False).items():
             self._update(name, data, steps)
         self._publish()
 
@@ -113,6 +119,7 @@ class RadiusTracker:
         kwargs: Mapping[str, Any],
         loss: Callable[[Any], Tensor],
         parameters: Sequence[nn.Parameter],
+        conditions: Conditions = contextlib.nullcontext,
     ) -> RadiusGradient:
         """Differentiate rho on a batch, bringing eigenvectors and radii up to date on the way.
 
@@ -121,13 +128,14 @@ class RadiusTracker:
             kwargs: Keyword arguments of it.
             loss: From the model's output to the sum of the example losses; called twice on the first batch.
             parameters: What to differentiate with respect to.
+            conditions: Makes the context, of randomness and precision, that each forward pass runs in.
 
         Raises:
             RuntimeError: if the loss depends on none of the layers.
         """
         if not self.radii:
-            self.measure(args, kwargs, loss)
-        seen = self._read(args, kwargs, loss, create_graph=True)
+            self.measure(args, kwargs, loss, conditions)
+        seen = self._read(args, kwargs, loss, conditions, create_graph=True)
         active = self._active(seen)
         terms: dict[str, Tensor] = {}
         input_masks: dict[str, Tensor] = {}
@@ -151,6 +159,10 @@ class RadiusTracker:
             for name, v in self.eigenvectors.items()
         }
 
+    def reset(self) -> None:
+        """Forget everything seen."""
+        self.eigenvectors, self.radii = {}, {}
+
     def state_dict(self) -> dict[str, Any]:
         """Eigenvectors and radii as plain tensors."""
         return {
@@ -158,8 +170,8 @@ class RadiusTracker:
             "radii": dict(self.radii),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave.
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See that :meth:`load_state_dict` can load this.
 
         Raises:
             ValueError: if a layer is unknown or has another shape.
@@ -173,6 +185,9 @@ class RadiusTracker:
                     f"layer {name!r} has another shape than in the checkpoint: "
                     "load the pruner's state into the dense model first, then the optimizer's"
                 )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
         device = next(self._model.parameters()).device
         self.eigenvectors = {
             name: Eigenvectors(v["A"].to(device, copy=True), v["G"].to(device, copy=True))
@@ -186,19 +201,25 @@ class RadiusTracker:
         return self._model.get_submodule(name)  # type: ignore[return-value]
 
     def _read(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], loss: Callable[[Any], Tensor], *, create_graph: bool
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        loss: Callable[[Any], Tensor],
+        conditions: Conditions,
+        *,
+        create_graph: bool,
     ) -> dict[str, LayerData]:
         """Read the twin, made anew where the model has changed; layers that have no single call are left out."""
         if self._twin is None or not self._twin.is_current():
             self._twin = Twin(self._model, self.names)
         try:
-            seen = self._twin.read(args, kwargs, loss, create_graph=create_graph)
+            seen = self._twin.read(args, kwargs, loss, create_graph=create_graph, conditions=conditions)
         except CalledTwiceError as error:
             name = next(name for name, layer in self._twin.layers.items() if layer is error.layer)
             self.skipped[name] = str(error)
             self.names.remove(name)
             self._twin = None
-            return self._read(args, kwargs, loss, create_graph=create_graph)
+            return self._read(args, kwargs, loss, conditions, create_graph=create_graph)
         if not seen:
             skipped = "".join(f"; {name} is {reason}" for name, reason in self.skipped.items())
             raise RuntimeError(

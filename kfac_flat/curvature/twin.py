@@ -13,7 +13,7 @@ import fnmatch
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from backpack import backpack, extend
@@ -24,6 +24,8 @@ from kfac_flat.curvature.extension import LayerDataExtension
 from kfac_flat.curvature.layers import Layer, is_layer
 from kfac_flat.curvature.radius import LayerData
 from kfac_flat.structure import structural_copy
+
+Conditions: TypeAlias = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class CalledTwiceError(RuntimeError):
@@ -67,6 +69,7 @@ class Twin:
         loss: Callable[[Any], Tensor],
         *,
         create_graph: bool,
+        conditions: Conditions = contextlib.nullcontext,
     ) -> dict[str, LayerData]:
         """Run the twin on a batch and read every layer that the loss depends on.
 
@@ -75,6 +78,7 @@ class Twin:
             kwargs: Keyword arguments of it.
             loss: From the model's output to the SUM of the example losses.
             create_graph: Whether the data are to be differentiated.
+            conditions: Makes the context, of randomness and precision, that the forward pass runs in.
 
         Returns:
             The data of each layer that took part, by name.
@@ -85,8 +89,9 @@ class Twin:
         self._follow()
         try:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-                total = loss(self.model(*args, **kwargs))
-                targets = [probe for layer in self.layers.values() for probe in layer._probes]  # type: ignore[union-attr]
+                with conditions():
+                    total = loss(self.model(*args, **kwargs))
+                targets = [probe for layer in self.layers.values() for probe in vars(layer).get("_probes", ())]
                 self._backward(total, targets, create_graph)
             found = {name: self._extension.collect(layer) for name, layer in self.layers.items()}
         finally:
@@ -113,6 +118,9 @@ class Twin:
                 twin.inplace = False  # type: ignore[assignment]  # BackPACK's hooks forbid in-place ops on a layer's output
             if "track_running_stats" in own:  # while training, the running statistics are written and not read
                 twin.track_running_stats = original.track_running_stats and not original.training  # type: ignore[assignment]
+            own.update(
+                (key, value.detach().clone()) for key, value in vars(original).items() if isinstance(value, Tensor)
+            )
             for name, buffer in original._buffers.items():
                 if buffer is not None:
                     twin._buffers[name].copy_(buffer)  # type: ignore[union-attr]
@@ -132,8 +140,8 @@ class _Probe(nn.Module):
     def __call__(self, input: Tensor) -> Tensor:  # named as in Linear and Conv2d
         if "_probes" in vars(self):
             raise CalledTwiceError(self)
-        # The gradient of the input flows through BackPACK's hook; where the input needs none, that of the weight does.
-        vars(self)["_probes"] = [t for t in (input, self.weight) if t.requires_grad][:1]
+        # The gradient of the input flows past BackPACK's hook; where the input needs none, that of a parameter does.
+        vars(self)["_probes"] = [t for t in (input, *self.parameters()) if t.requires_grad][:1]
         output: Tensor = super().__call__(input)
         return output.clone()
 

@@ -1,31 +1,31 @@
 """Which neurons must go together: groups of output channels tied by what reads and combines them.
 
-The traced model runs once in train and once in eval mode on tensors without data, and the ids of neurons run along
-(``ids.py``, ``rules.py``). Two neurons that meet in an addition are tied; a neuron that reaches the model's output, or
-an operation that no rule covers, is frozen. The same run, after a cut, proves that every layer reads exactly the
-neurons it should.
+The traced model runs on tensors without data, and the ids of neurons run along (``ids.py``, ``rules.py``). Two neurons
+that meet in an addition are tied; a neuron that reaches the model's output, or an operation that no rule covers, is
+frozen. The same run on a model that has been cut proves that every layer reads exactly the neurons it should; cuts made
+at random on copies without data find whatever the rules get wrong, before any real one is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kfac_flat.nested import batch_size, map_tensors, tensors
 from kfac_flat.pruning import rules
-from kfac_flat.pruning.ids import FIXED, components, fixed
-from kfac_flat.pruning.tracing import skeleton, trace
+from kfac_flat.pruning.budget import Groups
+from kfac_flat.pruning.errors import CutError
+from kfac_flat.pruning.ids import FIXED, components
+from kfac_flat.pruning.propagation import OUTPUT_REASON, FailedAtError, Place, Propagation
+from kfac_flat.pruning.surgery import Surgery
+from kfac_flat.pruning.tracing import ExampleInputs, Program, UntraceableError, skeleton, trace
+from kfac_flat.structure import Kept
 
-OUTPUT_REASON = "forms the model's output"
-
-
-class CutError(RuntimeError):
-    """A cut would not leave a model that computes what it should; nothing has been changed."""
+_TRIALS = 2
 
 
 @dataclass(frozen=True)
@@ -41,28 +41,29 @@ class Channels:
     outputs: Tensor
 
 
-@dataclass(frozen=True)
-class ExampleInputs:
-    """How the model is called."""
+def without(channels: Mapping[str, Channels], gone: Tensor) -> dict[str, Channels]:
+    """Return the channels that remain when these groups have left."""
+    return {
+        name: Channels(c.inputs[~torch.isin(c.inputs, gone)], c.outputs[~torch.isin(c.outputs, gone)])
+        for name, c in channels.items()
+    }
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
-    @classmethod
-    def of(cls, example_inputs: Any) -> ExampleInputs:
-        """Read a tensor, a tuple of positional or a dict of keyword arguments, leaving the data behind."""
-        if isinstance(example_inputs, dict):
-            return cls((), _without_data(example_inputs))
-        if isinstance(example_inputs, tuple):
-            return cls(_without_data(example_inputs), {})
-        return cls((_without_data(example_inputs),), {})
+def kept_without(channels: Mapping[str, Channels], gone: Tensor) -> dict[str, Kept]:
+    """Positions that remain when these groups have left, of each module that loses any."""
+    kept = {}
+    for name, c in channels.items():
+        inputs, outputs = ((~torch.isin(ids, gone)).nonzero().flatten() for ids in (c.inputs, c.outputs))
+        if len(inputs) < len(c.inputs) or len(outputs) < len(c.outputs):
+            kept[name] = Kept(inputs, outputs)
+    return kept
 
 
 class NeuronGraph:
     """The groups of neurons of a model.
 
     Args:
-        model: The model, free of wrappers. It is neither run nor changed.
+        model: The model, free of wrappers. It is not changed, and not run but for submodules that cannot be traced.
         example_inputs: What it is called with; values do not matter.
         ignore: Modules whose neurons stay, by name, with the reason.
 
@@ -71,7 +72,7 @@ class NeuronGraph:
         producers: Names of the modules whose output channels are neurons: Linear and convolutions.
         hidden: Those whose outputs do not form the model's output.
         consumers: Those that read neurons; a depthwise convolution goes with what it reads.
-        frozen: For each producer (Linear, convolution) with neurons that cannot go, by name, the first reason.
+        frozen: For each producer with neurons that cannot go, by name, the first reason.
 
     Raises:
         ValueError: if the model cannot be traced or does not run on the example inputs.
@@ -79,118 +80,90 @@ class NeuronGraph:
 
     def __init__(self, model: nn.Module, example_inputs: Any, ignore: Mapping[str, str] | None = None) -> None:
         self._inputs = ExampleInputs.of(example_inputs)
-        bare = skeleton(model)
-        self._trace(bare)
-        table = _Grouping(bare)
-        for training in self._modes:
-            self._run(bare, table, training)
-        for name, reason in (ignore or {}).items():
-            if name in table.outputs:
-                table.freeze(table.outputs[name], reason)
-        self.channels, self.frozen = table.groups()
-        self.producers = [name for name in self.channels if rules.is_producer(model.get_submodule(name))]
+        self._bare = skeleton(model)
+        self._programs = trace(model, self._bare, rules.has_channels)
+        self._ignore = dict(ignore or {})
+        self._stuck: dict[Place, str] = {}  # operations that no rule gets right, found by trial
+        self._numbers: dict[Place, Any] = {}  # what operations compute with, in the dense model
+        self.channels, self.frozen = self._group()
+        while (failure := self._try_cuts()) is not None:
+            if failure.place in self._stuck:
+                raise ValueError(
+                    f"{failure}, whichever neurons are cut: the model's code depends on the widths of its layers. "
+                    "Name the layers concerned in ignore="
+                )
+            self._stuck[failure.place] = str(failure)
+            self.channels, self.frozen = self._group()
+        modules = {name: model.get_submodule(name) for name in self.channels}
+        self.producers = [name for name, module in modules.items() if rules.is_producer(module)]
         self.hidden = [name for name in self.producers if self.frozen.get(name) != OUTPUT_REASON]
-        self.consumers = [name for name in self.producers if not rules.is_depthwise(model.get_submodule(name))]
+        self.consumers = [name for name in self.producers if not rules.is_depthwise(modules[name])]
 
     def macs(self, model: nn.Module) -> int:
         """Multiply-accumulates of one example in eval mode, by torch's own counter; biases and norms not counted."""
         with FlopCounterMode(display=False) as counter:
-            self._run(skeleton(model), _Silent(), training=False)
-        return int(counter.get_total_flops()) // (2 * max(1, batch_size((self._inputs.args, self._inputs.kwargs))))
+            self._run(skeleton(model), self._programs[False], _Silent())
+        return int(counter.get_total_flops()) // (2 * self._inputs.batch_size)
 
     def verify(self, pruned: nn.Module, channels: Mapping[str, Channels]) -> None:
         """Prove on a skeleton that has been cut that each module reads exactly the neurons it should.
 
+        The smaller model is traced anew, so that what its code makes of its own widths is seen as well.
+
         Raises:
-            CutError: if one does not, or the model no longer runs.
+            CutError: if a module reads others, or the model no longer runs or computes with other numbers.
         """
-        for training in self._modes:
+        for training, dense in self._programs.items():
             try:
-                self._run(pruned, _Verification(channels), training)
-            except ValueError as error:
-                raise CutError(f"the pruned model would not run: {error}") from error
+                small = Program.of(pruned, training, rules.has_channels, dense.opaque)
+            except UntraceableError as error:
+                raise CutError(f"after the cut, the model cannot be traced: {error}") from error
+            small.opaque = dense.opaque
+            for i, (a, b) in enumerate(zip(dense.graph.nodes, small.graph.nodes, strict=False)):
+                if (a.op, a.target) != (b.op, b.target):
+                    raise FailedAtError(
+                        (training, i), f"{a.target} is reached or not depending on the number of neurons"
+                    )
+            self._run(pruned, small, _Verification(channels), self._numbers)
 
-    def _trace(self, bare: nn.Module) -> None:
-        """Trace both modes; one is enough where they are the same."""
-        train, evaluate = (trace(bare.train(training), rules.has_channels) for training in (True, False))
-        self._traces = {True: train, False: evaluate}
-        self._modes = (False,) if str(train) == str(evaluate) else (True, False)
-        # Tensors made in forward() become attributes of the traced copy; every other copy needs them as well.
-        self._constants = {
-            name: _without_data(value) for name, value in vars(bare).items() if name.startswith("_tensor_constant")
-        }
+    def _run(
+        self, bare: nn.Module, program: Program, table: rules.Table, expected: Mapping[Place, Any] | None = None
+    ) -> dict[Place, Any]:
+        """Run the ids of neurons through a skeleton; returns the numbers that its operations computed with."""
+        propagation = Propagation(bare, program, table, self._stuck, expected)
+        propagation.run(*self._inputs.bind(program.graph))
+        return propagation.numbers
 
-    def _run(self, bare: nn.Module, table: rules.Table, training: bool) -> None:
-        bare.train(training)
-        for module in bare.modules():
-            if isinstance(module, rules.BATCH_NORMS):
-                module.eval()  # its channels are the same, and it would refuse a single example
-        vars(bare).update(self._constants)
-        graph = self._traces[training]
-        _Propagation(bare, graph, table).run(*_bind(graph, self._inputs))
+    def _group(self) -> tuple[dict[str, Channels], dict[str, str]]:
+        """Collect who goes with whom."""
+        table = _Grouping(self._bare)
+        for program in self._programs.values():
+            try:
+                self._numbers.update(self._run(self._bare, program, table))
+            except FailedAtError as error:
+                raise ValueError(
+                    f"the model does not run on example_inputs: {error}. Give what the model is called with: a tensor, "
+                    "a tuple of positional or a dict of keyword arguments"
+                ) from error
+        for name, reason in self._ignore.items():
+            if name in table.outputs:
+                table.freeze(table.outputs[name], reason)
+        return table.groups()
 
-
-class _Propagation(fx.Interpreter):
-    """Runs a traced model on tensors without data, and the ids of neurons along with them."""
-
-    def __init__(self, module: nn.Module, graph: fx.Graph, table: rules.Table) -> None:
-        super().__init__(module, graph=graph)
-        self.extra_traceback = False  # errors here are the user's, and say which operation they concern
-        self._table = table
-        self._ids: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Run one operation, then its rule."""
-        try:
-            with torch.device("meta"), torch.no_grad():
-                result = super().run_node(n)
-        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-            raise ValueError(
-                f"the model does not run on example_inputs, at {n.format_node()}: {error}. Give what the model is "
-                "called with: a tensor, a tuple of positional or a dict of keyword arguments"
-            ) from error
-        self._ids[n] = self._ids_of(n, result)
-        return result
-
-    def _ids_of(self, n: fx.Node, result: Any) -> Any:
-        args, kwargs = (fx.node.map_arg(a, lambda node: self._ids[node]) for a in (n.args, n.kwargs))
-        if n.op == "output":
-            self._freeze(args, OUTPUT_REASON)
-            return None
-        if n.op == "get_attr":
-            self._pin_owner(str(n.target))
-        if n.op in ("placeholder", "get_attr") or not any(True for _ in tensors((args, kwargs))):
-            return map_tensors(lambda t: fixed(t.shape), result)
-        try:
-            return self._apply_rule(n, args, kwargs, result)
-        except rules.NoRuleError as error:
-            self._freeze((args, kwargs), f"{_describe(n, self.submodules)} {error}")
-            return map_tensors(lambda t: fixed(t.shape), result)
-
-    def _apply_rule(self, n: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
-        if not any(True for _ in tensors(result)):
-            return result  # a size or a number
-        target: Any = n.target
-        if n.op == "call_module":
-            target = self.submodules[str(n.target)]
-            if rules.has_channels(target) and len(args) == 1:
-                return rules.run_layer(self._table, str(n.target), target, args[0], result)
-            rule = rules.MODULE_RULES.get(type(target))
-        else:
-            rule = (rules.METHOD_RULES if n.op == "call_method" else rules.FUNCTION_RULES).get(target)
-        if rule is None:
-            raise rules.NoRuleError("has no rule")
-        return rule(rules.Operation(self._table, target, tuple(args), dict(kwargs), _literals(n), result))
-
-    def _freeze(self, values: Any, reason: str) -> None:
-        for ids in tensors(values):
-            self._table.freeze(ids, reason)
-
-    def _pin_owner(self, target: str) -> None:
-        """A parameter that is used outside its module must stay as it is."""
-        owner, _, _ = target.rpartition(".")
-        if isinstance(self._table, _Grouping) and owner in self.submodules:
-            self._table.pinned.setdefault(owner, f"{target} is used outside its module")
+    def _try_cuts(self) -> FailedAtError | None:
+        """Cut skeletons at random and verify them; returns what went wrong first, if anything did."""
+        groups = Groups.of({name: c.outputs for name, c in self.channels.items()})
+        half = sum(sum(members.values()) for members in groups.members) // 2
+        for seed in range(_TRIALS):
+            scores = torch.rand(len(groups.ids), generator=torch.Generator().manual_seed(seed)).tolist()
+            gone = groups.cheapest(scores, half, min_neurons=1, round_to=1)
+            small = skeleton(self._bare)
+            Surgery(small, kept_without(self.channels, gone)).apply()
+            try:
+                self.verify(small, without(self.channels, gone))
+            except FailedAtError as failure:
+                return failure
+        return None
 
 
 class _Grouping(rules.Table):
@@ -199,20 +172,21 @@ class _Grouping(rules.Table):
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._next = FIXED + 1
-        self._pairs: list[Tensor] = []
-        self._reasons: dict[int, str] = {}
+        self._ties: list[Tensor] = []
+        self._reasons: dict[int, str] = {FIXED: "goes together with what is no neuron"}
+        self._pinned: dict[str, str] = {}
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
-        self.pinned: dict[str, str] = {}
 
     def tie(self, a: Tensor, b: Tensor) -> None:
-        self._pairs.append(torch.unique(torch.stack([a.flatten(), b.flatten()]), dim=1))
+        self._ties.append(torch.unique(torch.stack([a.flatten(), b.flatten()]), dim=1))
 
     def freeze(self, ids: Tensor, reason: str) -> None:
-        present = torch.unique(ids)
-        for i in present.tolist():
+        for i in torch.unique(ids).tolist():
             self._reasons.setdefault(i, reason)
-        self._pairs.append(torch.stack([present, torch.full_like(present, FIXED)]))
+
+    def used_elsewhere(self, name: str) -> None:
+        self._pinned.setdefault(name.rpartition(".")[0], f"{name} is used outside its module")
 
     def layer(self, name: str, module: nn.Module, inputs: Tensor) -> Tensor:
         if name in self.inputs:  # called again: position i reads, and is, the same neuron both times
@@ -239,17 +213,21 @@ class _Grouping(rules.Table):
     def groups(self) -> tuple[dict[str, Channels], dict[str, str]]:
         """Return the group of every channel, and why producers have frozen ones."""
         self._tie_shared_parameters()
-        for name, reason in self.pinned.items():
+        for name, reason in self._pinned.items():
             if name in self.inputs:
                 self.freeze(torch.cat([self.inputs[name], self.outputs[name]]), reason)
-        labels = components(self._next, torch.cat([torch.zeros(2, 0, dtype=torch.long), *self._pairs], 1))
-        channels = {name: Channels(labels[self.inputs[name]], labels[self.outputs[name]]) for name in self.inputs}
-        frozen = {}
-        for name, c in channels.items():
-            stuck = self.outputs[name][c.outputs == FIXED].tolist()
-            if stuck and rules.is_producer(self._model.get_submodule(name)):
-                reasons = (self._reasons[i] for i in stuck if i in self._reasons)
-                frozen[name] = next(reasons, "goes together with neurons that cannot go")
+        labels = components(self._next, torch.cat([torch.zeros(2, 0, dtype=torch.long), *self._ties], 1))
+        why: dict[int, str] = {}
+        for i in sorted(self._reasons, key=lambda i: (self._reasons[i] != OUTPUT_REASON, i == FIXED, i)):
+            why.setdefault(int(labels[i]), self._reasons[i])
+        labels[torch.isin(labels, torch.tensor(list(why)))] *= -1  # negative: cannot go
+        channels, frozen = {}, {}
+        for name in self.inputs:
+            inputs, outputs = labels[self.inputs[name]], labels[self.outputs[name]]
+            channels[name] = Channels(inputs.clamp(min=FIXED), outputs.clamp(min=FIXED))
+            stuck = outputs[outputs <= FIXED]
+            if len(stuck) and rules.is_producer(self._model.get_submodule(name)):
+                frozen[name] = why[-int(stuck[0])]
         return channels, frozen
 
     def _tie_shared_parameters(self) -> None:
@@ -263,13 +241,13 @@ class _Grouping(rules.Table):
             known = [name for name in names if name in self.inputs]
             if len(known) < len(names):
                 for name in known:
-                    self.pinned.setdefault(name, f"shares a parameter with {(set(names) - set(known)).pop()}")
+                    self._pinned.setdefault(name, f"shares a parameter with {(set(names) - set(known)).pop()}")
             for name in known[1:]:
                 for ids in (self.inputs, self.outputs):
                     if ids[name].shape == ids[known[0]].shape:
                         self.tie(ids[known[0]], ids[name])
                     else:
-                        self.pinned[name] = self.pinned[known[0]] = f"{name} and {known[0]} share a parameter"
+                        self._pinned[name] = self._pinned[known[0]] = f"{name} and {known[0]} share a parameter"
 
 
 class _Silent(rules.Table):
@@ -279,8 +257,10 @@ class _Silent(rules.Table):
 
     def freeze(self, ids: Tensor, reason: str) -> None: ...
 
+    def used_elsewhere(self, name: str) -> None: ...
+
     def layer(self, name: str, module: nn.Module, inputs: Tensor) -> Tensor:
-        return inputs if isinstance(module, rules.BATCH_NORMS) else torch.arange(rules.channel_counts(module)[1])
+        return inputs if isinstance(module, rules.BATCH_NORMS) else torch.full([rules.channel_counts(module)[1]], FIXED)
 
 
 class _Verification(rules.Table):
@@ -291,62 +271,15 @@ class _Verification(rules.Table):
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         if not torch.equal(a.flatten(), b.flatten()):
-            raise CutError("after the cut, different neurons would meet in one operation")
+            raise CutError("after a cut, different neurons would meet here")
 
     def freeze(self, ids: Tensor, reason: str) -> None:
         if bool((ids != FIXED).any()):
-            raise CutError(f"after the cut, {reason}")
+            raise CutError(reason)
+
+    def used_elsewhere(self, name: str) -> None: ...
 
     def layer(self, name: str, module: nn.Module, inputs: Tensor) -> Tensor:
         if not torch.equal(self._channels[name].inputs, inputs):
-            raise CutError(f"after the cut, {name} would read other neurons than it should")
+            raise CutError("after a cut, it would read other neurons than it should")
         return self._channels[name].outputs
-
-
-def _bind(graph: fx.Graph, inputs: ExampleInputs) -> Iterator[Any]:
-    """Arguments in the order of the traced placeholders; those that are not given keep their defaults."""
-    positional = list(inputs.args)
-    for node in graph.find_nodes(op="placeholder"):
-        name = str(node.target)
-        if name.startswith("**"):
-            yield dict(inputs.kwargs)
-        elif name.startswith("*"):
-            yield tuple(positional)
-            positional = []
-        elif positional:
-            yield positional.pop(0)
-        elif name in inputs.kwargs:
-            yield inputs.kwargs[name]
-        elif node.args:
-            yield node.args[0]
-        else:
-            raise ValueError(f"example_inputs lack the model's argument {name!r}")
-
-
-def _literals(n: fx.Node) -> frozenset[int]:
-    """Whole numbers in a call's arguments that were written there, not computed while tracing."""
-    found: set[int] = set()
-
-    def visit(value: Any) -> None:
-        if isinstance(value, int):
-            found.add(value)
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                visit(item)
-        elif isinstance(value, dict):
-            visit(list(value.values()))
-
-    visit((n.args, n.kwargs))
-    return frozenset(found)
-
-
-def _describe(n: fx.Node, submodules: Mapping[str, nn.Module]) -> str:
-    """Name an operation as its author would."""
-    if n.op == "call_module":
-        return f"{n.target} ({type(submodules[str(n.target)]).__name__})"
-    name = n.target if isinstance(n.target, str) else getattr(n.target, "__name__", str(n.target))
-    return f"{name}()"
-
-
-def _without_data(value: Any) -> Any:
-    return map_tensors(lambda t: torch.empty_like(t, device="meta"), value)

@@ -27,6 +27,9 @@ class Table(Protocol):
     def freeze(self, ids: Tensor, reason: str) -> None:
         """State that these neurons cannot go."""
 
+    def used_elsewhere(self, name: str) -> None:
+        """State that a parameter or buffer is used by other code than its module's."""
+
     def layer(self, name: str, module: nn.Module, inputs: Tensor) -> Tensor:
         """Note what a layer reads, channel by channel, and return the ids of its outputs."""
 
@@ -169,35 +172,38 @@ def _spatial(dims: int) -> Rule:
 
 def _reduce(op: Operation) -> Tensor:
     """Mean, sum and the like over axes along which the neuron is the same."""
-    ids, dim, keepdim = _reduction(*op.args, **op.kwargs)
+    ids = op.subject
     if not isinstance(op.result, Tensor):
         raise NoRuleError("returns more than one tensor")
-    dims = {d % ids.dim() for d in ([dim] if isinstance(dim, int) else dim or range(ids.dim()))}
+    dims = {d % ids.dim() for d in _reduced_dims(*op.args, **op.kwargs) or range(ids.dim())}
     if dims & set(varying_dims(ids)):
         raise NoRuleError("mixes different neurons")
+    keepdim = op.result.dim() == ids.dim()
     index = tuple((slice(0, 1) if keepdim else 0) if d in dims else slice(None) for d in range(ids.dim()))
     return ids[index]
 
 
-def _reduction(input: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> tuple[Tensor, Any, bool]:
-    """Sort out the arguments of a reduction by the names that torch gives them."""
-    return input, dim, keepdim
+def _reduced_dims(input: Any = None, dim: Any = None, *_: Any, axis: Any = None, **__: Any) -> tuple[int, ...]:
+    """Read the axes off a reduction's arguments, which torch and NumPy name differently; none stands for all."""
+    dim = axis if dim is None else dim
+    if isinstance(dim, bool):  # std(x, unbiased)
+        return ()
+    return (dim,) if isinstance(dim, int) else tuple(dim or ())
 
 
 def _cat(op: Operation) -> Tensor:
     """Concatenation: side by side along the axis of neurons, tied along any other."""
     tensors, dim = _concatenation(*op.args, **op.kwargs)
     dim %= op.result.dim()
-    first = tensors[0]
-    if all(set(varying_dims(ids)) <= {dim} for ids in tensors):
-        sizes = [1 if d != dim else size for d, size in enumerate(op.result.shape)]
-        return torch.cat(narrowed(*tensors, keep=dim), dim).reshape(sizes).expand(op.result.shape)
+    lines = [read_along(ids, dim) for ids in tensors]
+    if all(line is not None for line in lines):
+        return along(torch.cat([line for line in lines if line is not None]), dim, op.result.shape)
     if any(dim in varying_dims(ids) for ids in tensors):
         raise NoRuleError("concatenates neurons along two axes")
     rows = [ids.narrow(dim, 0, 1) for ids in tensors]
     for row in rows[1:]:
         op.table.tie(*narrowed(rows[0], row))
-    return first.narrow(dim, 0, 1).expand(op.result.shape)
+    return rows[0].expand(op.result.shape)
 
 
 def _concatenation(tensors: Any, dim: int = 0, axis: int | None = None) -> tuple[list[Tensor], int]:
@@ -314,3 +320,6 @@ METHOD_RULES: dict[str, Rule] = {
 
 # Calls whose whole-number arguments are sizes.
 _SIZED = {"view", "reshape", "expand", "unflatten", "broadcast_to", torch.reshape, torch.unflatten, torch.broadcast_to}
+
+# Rules of operations that may be called with sizes which depend on how many neurons there are.
+MOVES = (_move, _cat)

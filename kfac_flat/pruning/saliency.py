@@ -54,11 +54,12 @@ class Saliency:
         self.steps = torch.zeros((), device=device)
 
     @torch.no_grad()
-    def record(self, direct: Mapping[nn.Parameter, Tensor]) -> None:
+    def record(self, direct: Mapping[nn.Parameter, Tensor], scale: Tensor | None = None) -> None:
         """Add one step, whose gradients are in place; a step with gradients that are not finite is left out.
 
         Args:
             direct: Gradient at the input masks that does not go through the weights, by the layer's weight, ``[C_in]``.
+            scale: What the gradients in place have been multiplied with, if anything.
         """
         theta = torch.zeros(len(self.total) + 1, device=self.total.device)
         for name, module in self._consumers.items():
@@ -67,6 +68,8 @@ class Saliency:
                 continue
             self._without_gradient.discard(name)
             contribution = mask_gradient(weight, weight.grad, int(getattr(module, "groups", 1)))
+            if scale is not None:
+                contribution = contribution / scale
             if weight in direct:
                 contribution = contribution + direct[weight]
             theta.index_add_(0, self._slots[name], contribution.to(theta.dtype))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kfac_flat.pruning.budget import Groups, Schedule
-from kfac_flat.pruning.graph import Channels, NeuronGraph
+from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without, without
 from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.saliency import Saliency
 from kfac_flat.pruning.surgery import Surgery
@@ -172,9 +172,9 @@ class NeuronPruner:
         gone = self._groups.cheapest(scores, count, min_neurons=self._min_neurons, round_to=self._round_to)
         if not len(gone):
             return self._report(epoch, reason=self._why_less(scores)), gone
-        remaining = self._without(gone)
+        remaining = without(self._channels, gone)
         small = skeleton(self._model)
-        Surgery(small, self._kept_without(gone)).apply()
+        Surgery(small, kept_without(self._channels, gone)).apply()
         self._graph.verify(small, remaining)
         after = self._measure(small, remaining)
         reason = self._why_less(scores) if self._size.neurons - after.neurons < count else ""
@@ -182,28 +182,12 @@ class NeuronPruner:
 
     def _cut(self, gone: Tensor) -> None:
         """Make a cut on the model and all that follows it."""
-        kept = self._kept_without(gone)
+        kept = kept_without(self._channels, gone)
         Surgery(self._model, kept, self._optimizer).apply()
         for name, keep in kept.items():
             inputs, outputs = self._kept[name]
             self._kept[name] = inputs[keep.inputs], outputs[keep.outputs]
-        self._channels = self._without(gone)
-
-    def _without(self, gone: Tensor) -> dict[str, Channels]:
-        """Return the channels that remain when these groups have left."""
-        return {
-            name: Channels(c.inputs[~torch.isin(c.inputs, gone)], c.outputs[~torch.isin(c.outputs, gone)])
-            for name, c in self._channels.items()
-        }
-
-    def _kept_without(self, gone: Tensor) -> dict[str, Kept]:
-        """Positions that remain when these groups have left, of each module that loses any, in the model as it is."""
-        kept = {}
-        for name, c in self._channels.items():
-            inputs, outputs = ((~torch.isin(ids, gone)).nonzero().flatten() for ids in (c.inputs, c.outputs))
-            if len(inputs) < len(c.inputs) or len(outputs) < len(c.outputs):
-                kept[name] = Kept(inputs, outputs)
-        return kept
+        self._channels = without(self._channels, gone)
 
     def _restart(self) -> None:
         """Begin to score anew: effects measured before a cut say little of the model after it."""
@@ -211,11 +195,12 @@ class NeuronPruner:
         consumers = {name: self._model.get_submodule(name) for name in self._graph.consumers}
         self._saliency = Saliency(consumers, {n: self._channels[n].inputs for n in consumers}, self._groups.ids)
 
-    def _record(self) -> None:
-        """Score a step that is about to be made, on the gradients it is made with."""
+    def _record(self, stepping: Optimizer) -> None:
+        """Score a step that ``stepping`` is about to make, on the gradients it is made with."""
         optimizer = self._optimizer
         direct = optimizer.input_mask_gradients() if isinstance(optimizer, PenalisingOptimizer) else {}
-        self._saliency.record(direct)
+        # A fused optimizer under a GradScaler divides by the scale itself, inside its step.
+        self._saliency.record(direct, getattr(stepping, "grad_scale", None))
 
     # ---------------------------------------------------------------- reporting
 
@@ -229,7 +214,7 @@ class NeuronPruner:
     def _report(
         self, epoch: int, gone: Tensor | None = None, after: Size | None = None, reason: str = ""
     ) -> PruneReport:
-        remaining = self._channels if gone is None else self._without(gone)
+        remaining = self._channels if gone is None else without(self._channels, gone)
         after = after or self._size
         removed = {}
         for name in self._graph.producers if gone is not None else ():
@@ -262,7 +247,9 @@ class NeuronPruner:
         groups = self._groups
         every = self._original_neurons
         most = groups.cheapest([0.0] * len(groups.ids), every, min_neurons=self._min_neurons, round_to=self._round_to)
-        removable = every - sum(len(c.outputs) for n, c in self._without(most).items() if n in self._graph.hidden)
+        removable = every - sum(
+            len(c.outputs) for n, c in without(self._channels, most).items() if n in self._graph.hidden
+        )
         if removable < self._target * every:
             frozen = "".join(f"\n  {name}: {reason}" for name, reason in self.frozen.items())
             raise ValueError(
@@ -307,7 +294,7 @@ class NeuronPruner:
                 )
             lost.append(self._channels[name].outputs[~torch.isin(own, outputs)])
         gone = torch.unique(torch.cat(lost))
-        kept = self._kept_without(gone)
+        kept = kept_without(self._channels, gone)
         for name, (inputs, outputs) in self._kept.items():
             keep = kept.get(name, Kept(torch.arange(len(inputs)), torch.arange(len(outputs))))
             if not (
@@ -331,20 +318,20 @@ def _recording_hook(pruner: NeuronPruner) -> Callable[..., Any]:
     """Make a step pre-hook that does not keep the pruner alive; a closure makes the gradients, so it comes first."""
     reference = weakref.ref(pruner)
 
-    def record() -> None:
+    def record(optimizer: Optimizer) -> None:
         alive = reference()
         if alive is not None:
-            alive._record()
+            alive._record(optimizer)
 
     def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            record()
+            record(optimizer)
             return None
 
         def recorded() -> Any:
             loss = closure()
-            record()
+            record(optimizer)
             return loss
 
         return args[:1], {**kwargs, "closure": recorded}
@@ -374,7 +361,8 @@ def _ignored(model: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> dict[
 def _check_options(model: Any, optimizer: Any, target: float, min_neurons: int, round_to: int | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+    inner = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
+    if isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise TypeError("prune the model inside the wrapper, model.module, and wrap it anew after each removal")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer instance, not {type(optimizer).__name__}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kfac_flat.pruning import rules
-from kfac_flat.pruning.graph import CutError
+from kfac_flat.pruning.errors import CutError
 from kfac_flat.structure import Kept
 
 # Which positions stay along which axes of a tensor.
@@ -62,11 +62,13 @@ def module_cut(module: nn.Module, kept: Kept) -> ModuleCut:
 
 def select(t: Tensor, selection: Selection) -> Tensor:
     """Return a copy of ``t`` with only the selected positions, in the same memory format, without a graph."""
-    t = t.detach()
-    last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+    selected = t.detach()
     for dim, index in selection.items():
-        t = t.index_select(dim, index.to(t.device))
-    return t.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
+        selected = selected.index_select(dim, index.to(t.device))
+    strides = t.stride()
+    in_memory = sorted(range(t.dim()), key=lambda d: (-strides[d], d))
+    dense = selected.permute(in_memory).clone(memory_format=torch.contiguous_format)
+    return dense.permute([in_memory.index(d) for d in range(t.dim())])
 
 
 def _swap(a: Tensor, b: Tensor) -> None:
@@ -88,7 +90,7 @@ class Surgery:
     def __init__(self, model: nn.Module, kept: Mapping[str, Kept], optimizer: Optimizer | None = None) -> None:
         self._attributes: list[tuple[nn.Module, dict[str, int]]] = []
         self._selections: dict[Tensor, Selection] = {}
-        names: dict[Tensor, str] = {}
+        self._names: dict[Tensor, str] = {}
         for name, keep in kept.items():
             module = model.get_submodule(name)
             cut = module_cut(module, keep)
@@ -96,10 +98,10 @@ class Surgery:
             for tensor_name, selection in cut.tensors.items():
                 t = getattr(module, tensor_name)
                 if t is not None:
-                    names[t] = f"{name}.{tensor_name}"
-                    self._note(names[t], t, selection)
-        self._swaps = [(t, self._smaller(names[t], t)) for t in self._selections]
-        self._states = [] if optimizer is None else list(self._cut_states(optimizer, names))
+                    self._names[t] = f"{name}.{tensor_name}"
+                    self._note(t, selection)
+        self._swaps = [(t, self._smaller(t)) for t in self._selections]
+        self._states = [] if optimizer is None else list(self._cut_states(optimizer))
         self._followers: list[Callable[[], None]] = []
         follow = getattr(optimizer, "prepare_cut", None)
         if follow is not None:
@@ -123,7 +125,11 @@ class Surgery:
         except RuntimeError as error:
             for old, new in reversed(done):
                 _swap(old, new)
-            raise CutError(f"a tensor of shape {list(old.shape)} cannot be exchanged: {error}") from error
+            raise CutError(
+                f"{self._names[old]} cannot be cut while something else holds it. Most likely the result of a forward "
+                "pass is still alive whose backward has not been run: run it, delete the result, or compute it under "
+                f"torch.no_grad() ({error})"
+            ) from error
         for module, attributes in self._attributes:
             for name, value in attributes.items():
                 setattr(module, name, value)
@@ -132,17 +138,18 @@ class Surgery:
         for follow in self._followers:
             follow()
 
-    def _note(self, name: str, t: Tensor, selection: Selection) -> None:
+    def _note(self, t: Tensor, selection: Selection) -> None:
         """Remember a tensor's selection; a tensor that two modules share must be asked for the same."""
         before = self._selections.setdefault(t, selection)
         if before.keys() != selection.keys() or any(not torch.equal(before[d], selection[d]) for d in before):
-            raise CutError(f"{name} is shared by modules that would keep different parts of it")
+            raise CutError(f"{self._names[t]} is shared by modules that would keep different parts of it")
 
-    def _smaller(self, name: str, t: Tensor) -> Tensor:
+    def _smaller(self, t: Tensor) -> Tensor:
         """Make the tensor that takes the old one's place: same class, flags, gradient and hooks, fewer channels."""
         if weakref.getweakrefs(t):
             raise CutError(
-                f"{name} cannot be cut while something holds a weak reference to it; drop it, or ignore the layer"
+                f"{self._names[t]} cannot be cut while something holds a weak reference to it: "
+                "drop that, or name the layer in ignore="
             )
         selection = self._selections[t]
         small = select(t, selection)
@@ -156,25 +163,27 @@ class Surgery:
                 setattr(small, hooks, getattr(t, hooks))
         return small
 
-    def _cut_states(
-        self, optimizer: Optimizer, names: Mapping[Tensor, str]
-    ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Yield the optimizer's state of each cut parameter with its new values."""
-        for t, selection in self._selections.items():
-            state = optimizer.state.get(t)
-            if state:
-                yield state, {key: self._cut_state(names[t], key, value, t, selection) for key, value in state.items()}
+    def _cut_states(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Yield the optimizer's state of each parameter with its new values.
 
-    def _cut_state(self, name: str, key: str, value: Any, t: Tensor, selection: Selection) -> Any:
+        Parameters that stay whole are looked at too: what is kept with them may concern others that do not.
+        """
+        for p, state in optimizer.state.items():
+            if isinstance(p, Tensor):
+                selection = self._selections.get(p, {})
+                yield state, {key: self._cut_state(key, value, p, selection) for key, value in state.items()}
+
+    def _cut_state(self, key: str, value: Any, t: Tensor, selection: Selection) -> Any:
         """Cut an entry of the parameter's shape, or of length one where it summarises an axis; a number stays."""
         if (isinstance(value, Tensor) and value.dim() == 0) or not isinstance(value, (Tensor, list, tuple, dict)):
             return value
         if isinstance(value, Tensor) and value.dim() == t.dim():
             sizes = list(zip(value.shape, t.shape, strict=True))
             if all(size in (1, full) for size, full in sizes):
-                return select(value, {d: index for d, index in selection.items() if sizes[d][0] == sizes[d][1]})
+                own = {d: index for d, index in selection.items() if sizes[d][0] == sizes[d][1]}
+                return select(value, own) if own else value
         raise CutError(
-            f"the optimizer keeps {key!r} for {name} in a form that cannot be cut along with it; "
+            f"the optimizer keeps {key!r} for {self._names.get(t, 'a parameter')} in a form that cannot be cut along; "
             "choose an optimizer whose state has the parameters' shapes, or ignore the layer"
         )
 

@@ -3,71 +3,175 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from kfac_flat.nested import batch_size, map_tensors
 from kfac_flat.structure import structural_copy
 
 
-def skeleton(model: nn.Module) -> nn.Module:
-    """Copy the model's structure with tensors that have a shape and no data: runs of it cost next to nothing."""
+def without_data(value: Any) -> Any:
+    """Replace every tensor in ``value`` by one that has its shape and no data; runs on these cost next to nothing."""
+    return map_tensors(lambda t: torch.empty_like(t, device="meta"), value)
 
-    def without_data(t: Tensor) -> Tensor:
-        empty = torch.empty_like(t, device="meta")
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """Copy the model's structure with tensors that have no data."""
+
+    def bare(t: Tensor) -> Tensor:
+        empty: Tensor = without_data(t)
         return nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
 
-    return structural_copy(model, without_data)
+    return structural_copy(model, bare)
 
 
-def trace(model: nn.Module, is_known: Callable[[nn.Module], bool]) -> fx.Graph:
-    """Trace the model symbolically; a submodule that cannot be traced becomes one opaque operation, with a warning.
+@dataclass(frozen=True)
+class ExampleInputs:
+    """How the model is called, without data."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, example_inputs: Any) -> ExampleInputs:
+        """Read a tensor, a tuple of positional or a dict of keyword arguments."""
+        if isinstance(example_inputs, dict):
+            return cls((), without_data(example_inputs))
+        if isinstance(example_inputs, tuple):
+            return cls(without_data(example_inputs), {})
+        return cls((without_data(example_inputs),), {})
+
+    @property
+    def batch_size(self) -> int:
+        """Length of the first axis of the first tensor, 1 if there is none."""
+        return batch_size((self.args, self.kwargs)) or 1
+
+    def bind(self, graph: fx.Graph) -> list[Any]:
+        """Return the arguments in the order of the traced placeholders; those not given keep their defaults.
+
+        Raises:
+            ValueError: if arguments are missing, or left over.
+        """
+        positional, keywords = list(self.args), dict(self.kwargs)
+        bound: list[Any] = []
+        for node in graph.find_nodes(op="placeholder"):
+            name = str(node.target)
+            if name.startswith("**"):
+                bound.append(keywords)
+                keywords = {}
+            elif name.startswith("*"):
+                bound.append(tuple(positional))
+                positional = []
+            elif positional:
+                bound.append(positional.pop(0))
+            elif name in keywords:
+                bound.append(keywords.pop(name))
+            elif node.args:
+                bound.append(node.args[0])
+            else:
+                raise ValueError(f"example_inputs lack the model's argument {name!r}")
+        if positional or keywords:
+            extra = ", ".join(map(repr, keywords)) or f"{len(positional)} positional"
+            raise ValueError(f"example_inputs hold more arguments than the model takes: {extra}")
+        return bound
+
+
+@dataclass
+class Program:
+    """A traced model in one mode.
+
+    Attributes:
+        graph: Its operations.
+        training: Train or eval mode.
+        constants: Tensors made while tracing, which every copy of the model needs as attributes.
+        opaque: Submodules that cannot be traced, with data, by name: only running them tells the shape of their output.
+    """
+
+    graph: fx.Graph
+    training: bool
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    opaque: dict[str, nn.Module] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, bare: nn.Module, training: bool, is_known: Callable[[nn.Module], bool], opaque: Collection[str]
+    ) -> Program:
+        """Trace a skeleton.
+
+        Raises:
+            UntraceableError: if a submodule, or the model's own forward, cannot be traced.
+        """
+        tracer = _Tracer(is_known, opaque)
+        before = set(vars(bare))
+        try:
+            graph = tracer.trace(bare.train(training))
+        except _TRACE_ERRORS as error:
+            raise UntraceableError(tracer.failed, str(error)) from error
+        made = {name: vars(bare).pop(name) for name in set(vars(bare)) - before}
+        return cls(graph, training, {name: without_data(value) for name, value in made.items()})
+
+    def same_as(self, other: Program) -> bool:
+        """Tell whether both modes do the same."""
+        return str(self.graph) == str(other.graph)
+
+
+class UntraceableError(ValueError):
+    """torch.fx could not follow the code of a submodule, or of the model itself (``submodule`` is None)."""
+
+    def __init__(self, submodule: str | None, why: str) -> None:
+        super().__init__(why)
+        self.submodule = submodule
+
+
+def trace(model: nn.Module, bare: nn.Module, is_known: Callable[[nn.Module], bool]) -> dict[bool, Program]:
+    """Trace a model in train and in eval mode, or in eval mode alone where both are the same.
+
+    A submodule that cannot be traced becomes one opaque operation, with a warning.
 
     Args:
-        model: The model, or a skeleton of it.
+        model: The model, with data.
+        bare: Its skeleton.
         is_known: Tells modules that have a rule of their own and are not looked into.
 
     Raises:
         ValueError: if the model's own forward cannot be traced, saying what to do instead.
     """
     opaque: dict[str, str] = {}
-    while True:
-        tracer = _Tracer(is_known, frozenset(opaque))
+    programs: dict[bool, Program] = {}
+    while len(programs) < 2:
         try:
-            graph = tracer.trace(model)
-        except (
-            fx.proxy.TraceError,
-            TypeError,
-            RuntimeError,
-            ValueError,
-            AttributeError,
-            IndexError,
-            KeyError,
-        ) as error:
-            if tracer.failed is None:
+            programs = {training: Program.of(bare, training, is_known, opaque) for training in (True, False)}
+        except UntraceableError as error:
+            if error.submodule is None:
                 raise ValueError(
                     f"{type(model).__name__}.forward cannot be traced by torch.fx ({error}). Its control flow depends "
                     "on the data or it calls code that needs real tensors: move that part into a submodule of its own "
                     "(which is then left uncut as a whole), or make the branch depend on attributes and shapes only"
                 ) from error
-            opaque[tracer.failed] = str(error)
-        else:
-            break
+            opaque[error.submodule] = str(error)
     if opaque:
         warnings.warn(
             "these submodules cannot be traced, so neurons that enter or leave them are not cut: "
             + "; ".join(f"{name} ({reason})" for name, reason in opaque.items()),
             stacklevel=4,
         )
-    return graph
+        copies = {name: structural_copy(model.get_submodule(name), lambda t: t.detach().clone()) for name in opaque}
+        for program in programs.values():
+            program.opaque = copies
+    return {False: programs[False]} if programs[True].same_as(programs[False]) else programs
+
+
+_TRACE_ERRORS = (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError, LookupError)
 
 
 class _Tracer(fx.Tracer):
     """Symbolic tracing that remembers the innermost submodule in which it failed."""
 
-    def __init__(self, is_known: Callable[[nn.Module], bool], opaque: frozenset[str]) -> None:
+    def __init__(self, is_known: Callable[[nn.Module], bool], opaque: Collection[str]) -> None:
         super().__init__()
         self._is_known = is_known
         self._opaque = opaque
@@ -85,7 +189,7 @@ class _Tracer(fx.Tracer):
         """Trace into a submodule; the innermost one that fails is remembered."""
         try:
             return super().call_module(m, forward, args, kwargs)
-        except Exception:
+        except _TRACE_ERRORS:
             if self.failed is None:
                 self.failed = self.path_of_module(m)
             raise

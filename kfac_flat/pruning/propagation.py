@@ -1,0 +1,189 @@
+"""Running neuron ids through a traced model, operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from kfac_flat.nested import map_tensors, tensors
+from kfac_flat.pruning import rules
+from kfac_flat.pruning.errors import CutError
+from kfac_flat.pruning.ids import fixed
+from kfac_flat.pruning.tracing import Program, without_data
+
+OUTPUT_REASON = "forms the model's output"
+
+# An operation: train or eval mode, and its place in the graph.
+Place: TypeAlias = tuple[bool, int]
+
+
+class FailedAtError(CutError):
+    """An operation of the traced model cannot be run, or does something else than it did before a cut."""
+
+    def __init__(self, place: Place, message: str) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+class Propagation(fx.Interpreter):
+    """Runs a traced model on tensors without data, and the ids of neurons along with them.
+
+    Args:
+        bare: A skeleton of the model, dense or cut.
+        program: Its trace.
+        table: Where rules report.
+        stuck: Operations whose neurons are frozen whatever the rules say, with the reason.
+        expected: Numbers that the operations of the dense model were called with; a cut must not change them, except
+            where data are merely moved. None if this is the dense model.
+    """
+
+    def __init__(
+        self,
+        bare: nn.Module,
+        program: Program,
+        table: rules.Table,
+        stuck: Mapping[Place, str],
+        expected: Mapping[Place, Any] | None = None,
+    ) -> None:
+        super().__init__(_prepared(bare, program), graph=program.graph)
+        self.extra_traceback = False  # errors here are the user's, and say which operation they concern
+        self.numbers: dict[Place, Any] = {}
+        self._program, self._table, self._stuck, self._expected = program, table, stuck, expected
+        self._places = {n: (program.training, i) for i, n in enumerate(program.graph.nodes)}
+        self._ids: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operation, then its rule.
+
+        Raises:
+            FailedAtError: if either goes wrong.
+        """
+        try:
+            with torch.device("meta"), torch.no_grad():
+                result = super().run_node(n)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise FailedAtError(self._places[n], f"{self._describe(n)} fails: {error}") from error
+        try:
+            self._ids[n] = self._follow(n, result)
+        except CutError as error:
+            raise FailedAtError(self._places[n], f"{self._describe(n)}: {error}") from error
+        self._notice_changed_shapes(n)
+        return result
+
+    def fetch_attr(self, target: str) -> Any:
+        """Look up a parameter, buffer, or tensor that was made while tracing."""
+        return self._program.constants[target] if target in self._program.constants else super().fetch_attr(target)
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a submodule; one that could not be traced runs on zeros, for the shape of its result."""
+        real = self._program.opaque.get(target)
+        if real is None:
+            return super().call_module(target, args, kwargs)
+        device = next((t.device for t in (*real.parameters(), *real.buffers())), torch.device("cpu"))
+        zeros = map_tensors(lambda t: torch.zeros_like(t, device=device), (args, kwargs))
+        with torch.device(device), torch.random.fork_rng(devices=[]):
+            return without_data(real.eval()(*zeros[0], **zeros[1]))
+
+    def _follow(self, n: fx.Node, result: Any) -> Any:
+        """Return the ids of the operation's result."""
+        args, kwargs = (fx.node.map_arg(a, lambda node: self._ids[node]) for a in (n.args, n.kwargs))
+        stuck = self._stuck.get(self._places[n])
+        if stuck is not None:
+            for ids in self._sources(n):
+                self._table.freeze(ids, stuck)
+        if n.op == "output":
+            self._freeze(args, OUTPUT_REASON)
+            return None
+        if n.op == "get_attr":
+            self._table.used_elsewhere(str(n.target))
+        if n.op in ("placeholder", "get_attr") or not _any_tensor((args, kwargs)):
+            return map_tensors(lambda t: fixed(t.shape), result)
+        if not _any_tensor(result):
+            return result  # a size or a number
+        try:
+            return self._apply_rule(n, args, kwargs, result)
+        except rules.NoRuleError as error:
+            self._freeze((args, kwargs), f"{self._describe(n)} {error}")
+            return map_tensors(lambda t: fixed(t.shape), result)
+
+    def _apply_rule(self, n: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
+        target: Any = n.target
+        if n.op == "call_module":
+            target = self.submodules[str(n.target)]
+            if rules.has_channels(target) and len(args) == 1:
+                return rules.run_layer(self._table, str(n.target), target, args[0], result)
+            rule = None if str(n.target) in self._program.opaque else rules.MODULE_RULES.get(type(target))
+        else:
+            rule = (rules.METHOD_RULES if n.op == "call_method" else rules.FUNCTION_RULES).get(target)
+        if rule not in rules.MOVES:
+            self._compare_numbers(n, args, kwargs)
+        if rule is None:
+            raise rules.NoRuleError("has no rule")
+        literals = _literals(n) if self._expected is None else frozenset()
+        return rule(rules.Operation(self._table, target, tuple(args), dict(kwargs), literals, result))
+
+    def _compare_numbers(self, n: fx.Node, args: Any, kwargs: Any) -> None:
+        """A number that an operation computes with must not depend on how many neurons there are."""
+        place = self._places[n]
+        self.numbers[place] = map_tensors(lambda t: None, (tuple(args), dict(kwargs)))
+        if self._expected is not None and self._expected.get(place) != self.numbers[place]:
+            raise CutError("computes with a number that depends on the number of neurons")
+
+    def _notice_changed_shapes(self, n: fx.Node) -> None:
+        """What an operation has reshaped in place is followed no further."""
+        for source in n.all_input_nodes:
+            value, ids = self.env.get(source), self._ids[source]
+            if isinstance(value, Tensor) and isinstance(ids, Tensor) and value.shape != ids.shape:
+                self._freeze(ids, f"{self._describe(n)} changes the shape of its input in place")
+                self._ids[source] = fixed(value.shape)
+
+    def _sources(self, n: fx.Node) -> Iterator[Tensor]:
+        """Ids of the tensors that an operation works on, or takes sizes from."""
+        for source in n.all_input_nodes:
+            if _any_tensor(self._ids[source]):
+                yield from tensors(self._ids[source])
+            else:
+                yield from self._sources(source)
+
+    def _freeze(self, values: Any, reason: str) -> None:
+        for ids in tensors(values):
+            self._table.freeze(ids, reason)
+
+    def _describe(self, n: fx.Node) -> str:
+        """Name an operation as its author would."""
+        if n.op == "call_module":
+            return f"{n.target} ({type(self.submodules[str(n.target)]).__name__})"
+        return f"{n.target if isinstance(n.target, str) else getattr(n.target, '__name__', n.target)}()"
+
+
+def _prepared(bare: nn.Module, program: Program) -> nn.Module:
+    """Put a skeleton into the mode of the trace."""
+    bare.train(program.training)
+    for module in bare.modules():
+        if isinstance(module, rules.BATCH_NORMS):
+            module.eval()  # its channels are the same, and it would refuse a single example
+    return bare
+
+
+def _any_tensor(value: Any) -> bool:
+    return next(tensors(value), None) is not None
+
+
+def _literals(n: fx.Node) -> frozenset[int]:
+    """Whole numbers in a call's arguments that were written there, not computed while tracing."""
+    found: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if isinstance(value, int):
+            found.add(value)
+        elif isinstance(value, (tuple, list)):
+            for item in value:
+                visit(item)
+        elif isinstance(value, dict):
+            visit(list(value.values()))
+
+    visit((n.args, n.kwargs))
+    return frozenset(found)
