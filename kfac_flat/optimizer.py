@@ -286,8 +286,10 @@ class FlatKFAC(Optimizer):
                 "model (not a copy or a part of it) with gradients enabled before step()"
             )
         parameters = [p for p in self._parameters() if p.grad is not None and p.grad.layout == torch.strided]
-        if not parameters:
-            return  # the wrapped optimizer has nothing to do either
+        if not parameters:  # the wrapped optimizer has nothing to do either
+            self._penalty, self._mask_terms = None, {}
+            self._forget_calls()
+            return
         examples = max(min(2, call.batch_size), round(self._options.batch_fraction * call.batch_size))
         args, kwargs = call.first(examples)
         sampled = self._criterion_calls is None

@@ -42,16 +42,12 @@ class Saliency:
 
     def __init__(self, consumers: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], ids: Tensor) -> None:
         self._consumers = consumers
-        device = next((p.device for m in consumers.values() for p in m.parameters()), torch.device("cpu"))
         # Channels that cannot go are summed up in one place more than there are groups, and forgotten.
-        self._slots = {name: torch.searchsorted(ids, inputs[name]).to(device) for name in consumers}
-        for name in consumers:
-            scored = torch.isin(inputs[name], ids).to(device)
-            self._slots[name][~scored] = len(ids)
+        self._slots = {name: _slots(ids, inputs[name]) for name in consumers}
         self._readers = {name: torch.unique(slots[slots < len(ids)]) for name, slots in self._slots.items()}
         self._without_gradient = set(consumers)
-        self.total = torch.zeros(len(ids), device=device)
-        self.steps = torch.zeros((), device=device)
+        self.total = torch.zeros(len(ids))
+        self.steps = torch.zeros(())
 
     @torch.no_grad()
     def record(self, direct: Mapping[nn.Parameter, Tensor], scale: Tensor | None = None) -> None:
@@ -61,13 +57,17 @@ class Saliency:
             direct: Gradient at the input masks that does not go through the weights, by the layer's weight, ``[C_in]``.
             scale: What the gradients in place have been multiplied with, if anything.
         """
+        weights: dict[str, nn.Parameter] = {n: m.weight for n, m in self._consumers.items()}  # type: ignore[misc]
+        with_gradient = {
+            w: name for name, w in weights.items() if w.grad is not None
+        }  # one name where several share it
+        self._without_gradient -= {name for name, w in weights.items() if w in with_gradient}
+        self._move_to(next((w.device for w in with_gradient), self.total.device))
         theta = torch.zeros(len(self.total) + 1, device=self.total.device)
-        for name, module in self._consumers.items():
-            weight: nn.Parameter = module.weight  # type: ignore[assignment]
-            if weight.grad is None:
-                continue
-            self._without_gradient.discard(name)
-            contribution = mask_gradient(weight, weight.grad, int(getattr(module, "groups", 1)))
+        for weight, name in with_gradient.items():
+            gradient, groups = weight.grad, int(getattr(self._consumers[name], "groups", 1))
+            assert gradient is not None
+            contribution = mask_gradient(weight, gradient, groups)
             if scale is not None:
                 contribution = contribution / scale
             if weight in direct:
@@ -77,13 +77,19 @@ class Saliency:
         self.total += torch.where(finite, theta[:-1].abs(), 0.0)
         self.steps += finite
 
+    def _move_to(self, device: torch.device) -> None:
+        """Follow the model to another device."""
+        if self.total.device != device:
+            self.total, self.steps = self.total.to(device), self.steps.to(device)
+            self._slots = {name: slots.to(device) for name, slots in self._slots.items()}
+
     def scores(self) -> list[float] | None:
         """Theta of each group; infinite where a layer that reads it had no gradient; None before the first step."""
         if not float(self.steps):
             return None
         theta = self.total / self.steps
         for name in self._without_gradient:
-            theta[self._readers[name]] = torch.inf
+            theta[self._readers[name].to(theta.device)] = torch.inf
         scores: list[float] = theta.tolist()
         return scores
 
@@ -96,3 +102,8 @@ class Saliency:
         self.total.copy_(state["total"])  # type: ignore[arg-type]
         self.steps.copy_(state["steps"])  # type: ignore[arg-type]
         self._without_gradient = set(state["without_gradient"])  # type: ignore[call-overload]
+
+
+def _slots(ids: Tensor, channels: Tensor) -> Tensor:
+    """Place of each channel's group among ``ids``, one past the end where it is not among them."""
+    return torch.where(torch.isin(channels, ids), torch.searchsorted(ids, channels), len(ids))

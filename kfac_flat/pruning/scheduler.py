@@ -169,6 +169,8 @@ class NeuronPruner:
         """Choose the groups that go with the next event, and prove on a skeleton that the model can do without them."""
         due = round(self._target * self._schedule.share(self._event + 1) * self._original_neurons)
         count = due - (self._original_neurons - self._size.neurons)
+        if count <= 0:
+            return self._report(epoch, reason="an earlier removal took this one's share along"), self._groups.ids[:0]
         gone = self._groups.cheapest(scores, count, min_neurons=self._min_neurons, round_to=self._round_to)
         if not len(gone):
             return self._report(epoch, reason=self._why_less(scores)), gone
@@ -191,9 +193,12 @@ class NeuronPruner:
 
     def _restart(self) -> None:
         """Begin to score anew: effects measured before a cut say little of the model after it."""
-        self._groups = Groups.of({name: self._channels[name].outputs for name in self._graph.hidden})
+        self._groups = self._groups_of(self._channels)
         consumers = {name: self._model.get_submodule(name) for name in self._graph.consumers}
         self._saliency = Saliency(consumers, {n: self._channels[n].inputs for n in consumers}, self._groups.ids)
+
+    def _groups_of(self, channels: Mapping[str, Channels]) -> Groups:
+        return Groups.of({name: channels[name].outputs for name in self._graph.hidden})
 
     def _record(self, stepping: Optimizer) -> None:
         """Score a step that ``stepping`` is about to make, on the gradients it is made with."""
@@ -244,8 +249,11 @@ class NeuronPruner:
 
     def _check_reachable(self) -> None:
         """Refuse a target that no cut can reach, rather than stop short of it after hours."""
-        groups = self._groups
-        every = self._original_neurons
+        groups, every = self._groups, self._original_neurons
+        if not every:
+            raise ValueError(
+                "the model has no neurons to remove: no Linear or convolution but those that form its output"
+            )
         most = groups.cheapest([0.0] * len(groups.ids), every, min_neurons=self._min_neurons, round_to=self._round_to)
         removable = every - sum(
             len(c.outputs) for n, c in without(self._channels, most).items() if n in self._graph.hidden
@@ -281,6 +289,9 @@ class NeuronPruner:
         Raises:
             ValueError: if the state belongs to another model, or this one has been cut already; nothing has changed.
         """
+        missing = [key for key in ("layers", "epoch", "event", "saliency") if key not in state_dict]
+        if missing:
+            raise ValueError(f"this is no state of a NeuronPruner: it lacks {', '.join(missing)}")
         layers = {name: (entry["in"].cpu(), entry["out"].cpu()) for name, entry in state_dict["layers"].items()}
         if layers.keys() != self._kept.keys():
             different = sorted(layers.keys() ^ self._kept.keys())
@@ -302,6 +313,9 @@ class NeuronPruner:
                 and torch.equal(outputs[keep.outputs], layers[name][1])
             ):
                 raise ValueError(f"the state keeps other channels of {name} than go together in this model")
+        groups = self._groups_of(without(self._channels, gone))
+        if len(state_dict["saliency"]["total"]) != len(groups.ids):
+            raise ValueError("the state's saliency belongs to another number of groups than this model has")
         if len(gone):
             self._cut(gone)
         self._size = self._measure(self._model, self._channels)
@@ -366,10 +380,10 @@ def _check_options(model: Any, optimizer: Any, target: float, min_neurons: int, 
         raise TypeError("prune the model inside the wrapper, model.module, and wrap it anew after each removal")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer instance, not {type(optimizer).__name__}")
-    if not 0 < target < 1:
-        raise ValueError(f"target={target} must lie in (0, 1): it is the share of neurons to remove")
+    if not isinstance(target, (int, float)) or not 0 < target < 1:
+        raise ValueError(f"target={target!r} must lie in (0, 1): it is the share of neurons to remove")
     for name, value in (("min_neurons", min_neurons), ("round_to", 1 if round_to is None else round_to)):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
 
 

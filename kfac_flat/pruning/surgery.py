@@ -75,6 +75,20 @@ def _swap(a: Tensor, b: Tensor) -> None:
     torch.utils.swap_tensors(a, b)  # type: ignore[no-untyped-call]
 
 
+def _replacement(t: Tensor, selection: Selection) -> Tensor:
+    """Make a tensor that can take the place of ``t``: same class, flags, gradient and hooks, only what is selected."""
+    new = select(t, selection)
+    if isinstance(t, nn.Parameter):
+        new = nn.Parameter(new, t.requires_grad)
+        if t.grad is not None:
+            new.grad = select(t.grad, selection)
+    vars(new).update(vars(t))
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(t, hooks, None):
+            setattr(new, hooks, getattr(t, hooks))
+    return new
+
+
 class Surgery:
     """A prepared cut of a model and of what follows it.
 
@@ -100,7 +114,8 @@ class Surgery:
                 if t is not None:
                     self._names[t] = f"{name}.{tensor_name}"
                     self._note(t, selection)
-        self._swaps = [(t, self._smaller(t)) for t in self._selections]
+        self._check_weak_references()
+        self._swaps = [(t, _replacement(t, selection)) for t, selection in self._selections.items()]
         self._states = [] if optimizer is None else list(self._cut_states(optimizer))
         self._followers: list[Callable[[], None]] = []
         follow = getattr(optimizer, "prepare_cut", None)
@@ -122,9 +137,12 @@ class Surgery:
             for old, new in self._swaps:
                 _swap(old, new)
                 done.append((old, new))
-        except RuntimeError as error:
-            for old, new in reversed(done):
-                _swap(old, new)
+        except BaseException as error:
+            # Not the tensors swapped out, but copies of them: torch lets no later backward pass use the former.
+            for small, whole in done:
+                _swap(small, _replacement(whole, {}))
+            if not isinstance(error, RuntimeError):
+                raise
             raise CutError(
                 f"{self._names[old]} cannot be cut while something else holds it. Most likely the result of a forward "
                 "pass is still alive whose backward has not been run: run it, delete the result, or compute it under "
@@ -144,24 +162,14 @@ class Surgery:
         if before.keys() != selection.keys() or any(not torch.equal(before[d], selection[d]) for d in before):
             raise CutError(f"{self._names[t]} is shared by modules that would keep different parts of it")
 
-    def _smaller(self, t: Tensor) -> Tensor:
-        """Make the tensor that takes the old one's place: same class, flags, gradient and hooks, fewer channels."""
-        if weakref.getweakrefs(t):
-            raise CutError(
-                f"{self._names[t]} cannot be cut while something holds a weak reference to it: "
-                "drop that, or name the layer in ignore="
-            )
-        selection = self._selections[t]
-        small = select(t, selection)
-        if isinstance(t, nn.Parameter):
-            small = nn.Parameter(small, t.requires_grad)
-            if t.grad is not None:
-                small.grad = select(t.grad, selection)
-        vars(small).update(vars(t))
-        for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-            if getattr(t, hooks, None):
-                setattr(small, hooks, getattr(t, hooks))
-        return small
+    def _check_weak_references(self) -> None:
+        """Refuse early what torch would refuse in the middle."""
+        for t, name in self._names.items():
+            if weakref.getweakrefs(t):
+                raise CutError(
+                    f"{name} cannot be cut while something holds a weak reference to it: "
+                    "drop that, or name the layer in ignore="
+                )
 
     def _cut_states(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Yield the optimizer's state of each parameter with its new values.
@@ -212,11 +220,15 @@ def shrink(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
           (2): Linear(in_features=2, out_features=2, bias=True)
         )
     """
+    if "layers" not in manifest:
+        raise CutError('this is no manifest: it has no "layers", as NeuronPruner.state_dict() has')
     kept = {name: Kept(entry["in"].cpu(), entry["out"].cpu()) for name, entry in manifest["layers"].items()}
     modules = dict(model.named_modules())
     for name, keep in kept.items():
         if name not in modules:
             raise CutError(f"the manifest names a module {name!r} that the model does not have")
+        if not rules.has_channels(modules[name]):
+            raise CutError(f"{name} ({type(modules[name]).__name__}) has no channels, but the manifest cuts it")
         inputs, outputs = rules.channel_counts(modules[name])
         for what, positions, size in (("input", keep.inputs, inputs), ("output", keep.outputs, outputs)):
             if len(positions) and int(positions.max()) >= size:

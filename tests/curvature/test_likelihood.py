@@ -1,0 +1,113 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kfac_flat.curvature.likelihood import LIKELIHOODS, Likelihood, bernoulli, categorical, gaussian, resolve
+
+SAMPLES = 40_000
+
+
+def sampled_fisher(likelihood: Likelihood, prediction: Tensor) -> Tensor:
+    """Mean outer product of the per-example gradients at many copies of one prediction."""
+    outputs = prediction.expand(SAMPLES, *prediction.shape).clone().requires_grad_()
+    losses = likelihood(outputs, torch.Generator().manual_seed(0))
+    assert losses.shape == (SAMPLES,)
+    (g,) = torch.autograd.grad(losses.sum(), outputs)
+    g = g.flatten(1)
+    return g.T @ g / SAMPLES
+
+
+def of_softmax(logits: Tensor) -> Tensor:
+    p = logits.softmax(0)
+    return torch.diag(p) - torch.outer(p, p)
+
+
+def of_bernoulli(logits: Tensor) -> Tensor:
+    p = logits.sigmoid().flatten()
+    return torch.diag(p * (1 - p))
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "analytic"),
+    [(categorical, of_softmax), (gaussian, lambda m: torch.eye(m.numel())), (bernoulli, of_bernoulli)],
+)
+@pytest.mark.parametrize("prediction", [[0.0, 0.0, 0.0], [1.5, -0.5, 0.3], [-2.0, 3.0, 0.0, 1.0]])
+def test_sampled_outer_products_converge_to_the_analytic_fisher(
+    likelihood: Likelihood, analytic: Callable[[Tensor], Tensor], prediction: list[float]
+) -> None:
+    z = torch.tensor(prediction)
+    # entries have a standard deviation of at most sqrt(2) (a squared normal's): five of them over sqrt(SAMPLES)
+    assert torch.allclose(sampled_fisher(likelihood, z), analytic(z), rtol=0, atol=5 * 2**0.5 / SAMPLES**0.5)
+
+
+def test_gaussian_and_bernoulli_sum_over_every_axis_of_the_output() -> None:
+    z = torch.tensor([[0.5, -1.0], [2.0, 0.0]])
+    bound = 5 * 2**0.5 / SAMPLES**0.5
+    assert torch.allclose(sampled_fisher(gaussian, z), torch.eye(4), rtol=0, atol=bound)
+    assert torch.allclose(sampled_fisher(bernoulli, z), of_bernoulli(z), rtol=0, atol=bound)
+
+
+def test_categorical_averages_over_positions_as_cross_entropy_does() -> None:
+    """Logits [N, classes, T]: each position's label is drawn on its own and weighs 1 / T."""
+    z = torch.tensor([[1.0, -1.0], [0.0, 2.0], [0.5, 0.5]])  # 3 classes at 2 positions
+    seen = sampled_fisher(categorical, z).reshape(3, 2, 3, 2)
+    for t in range(2):
+        assert torch.allclose(seen[:, t, :, t], of_softmax(z[:, t]) / 4, rtol=0, atol=0.01)
+        assert seen[:, t, :, 1 - t].abs().max() < 0.01
+
+
+@pytest.mark.parametrize("name", sorted(LIKELIHOODS))
+def test_scores_average_to_zero(name: str) -> None:
+    """Labels come from the model's own prediction: there is no direction in which the likelihood improves."""
+    z = torch.tensor([1.5, -0.5, 0.3])
+    outputs = z.expand(SAMPLES, 3).clone().requires_grad_()
+    losses = LIKELIHOODS[name](outputs, torch.Generator().manual_seed(0))
+    (g,) = torch.autograd.grad(losses.sum(), outputs)
+    assert g.std(0).min() > 0.1
+    assert g.mean(0).abs().max() < 5 / SAMPLES**0.5
+
+
+@pytest.mark.parametrize("name", sorted(LIKELIHOODS))
+def test_draws_follow_the_given_generator_and_leave_torchs_alone(name: str) -> None:
+    outputs = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(7)
+    first, second = (LIKELIHOODS[name](outputs, generator) for _ in range(2))
+    again = LIKELIHOODS[name](outputs, torch.Generator().manual_seed(7))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", sorted(LIKELIHOODS))
+def test_labels_are_constants_to_autograd(name: str) -> None:
+    """The second derivative is the log-likelihood's own at fixed labels, [N, N] Fisher for each of these three."""
+    z = torch.tensor([[0.4, -0.7, 1.1]], dtype=torch.float64)
+    likelihood = LIKELIHOODS[name]
+
+    def value(outputs: Tensor) -> Tensor:
+        return likelihood(outputs, torch.Generator().manual_seed(0)).sum()
+
+    hessian = torch.autograd.functional.hessian(value, z).reshape(3, 3)
+    expected = {"categorical": of_softmax(z[0]), "gaussian": torch.eye(3).double(), "bernoulli": of_bernoulli(z)}[name]
+    assert torch.allclose(hessian, expected, rtol=0, atol=1e-12)
+
+
+def test_categorical_refuses_what_has_no_class_axis() -> None:
+    with pytest.raises(ValueError, match=r'\[N, classes, \.\.\.\], not \[5\].*likelihood="bernoulli"'):
+        categorical(torch.zeros(5), torch.Generator())
+
+
+def test_unknown_likelihood_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'softmax' is unknown.*bernoulli.*categorical.*gaussian.*callable"):
+        resolve("softmax")
+
+
+def test_names_and_callables_resolve() -> None:
+    def own(output: Tensor, generator: torch.Generator) -> Tensor:
+        return output.sum(1)
+
+    assert resolve(own) is own
+    assert [resolve(name) for name in ("categorical", "gaussian", "bernoulli")] == [categorical, gaussian, bernoulli]

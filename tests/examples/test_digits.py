@@ -1,0 +1,102 @@
+"""python -m examples.digits: the command, what it prints and what it leaves behind."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+import kfac_flat
+from examples import digits
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(*arguments):
+    """Run the example as a user does; one thread, so that a busy machine does not slow it down."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "examples.digits", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("digits") / "not" / "there"
+
+
+@pytest.fixture(scope="module")
+def printed(folder):
+    return command("--epochs", 3, "--width", 8, "--target", 0.5, "--seed", 3, "--out", folder)
+
+
+def test_the_table_compares_the_three_methods(printed):
+    rows = {name: re.findall(rf"^ *{name} +([\d.]+) % +([\d,]+)", printed, re.MULTILINE) for name in METHODS}
+    neurons = {name: int(found[-1][1].replace(",", "")) for name, found in rows.items()}
+    assert neurons["dense SGD"] == 3 * 8 + 3 * 16
+    assert abs(neurons["HGNP"] - 36) <= 1
+    assert abs(neurons["same pruning, mu = 0"] - 36) <= 1
+    for column in ("accuracy", "neurons", "parameters", "MACs", "rho", "ms per"):
+        assert column in printed
+    assert f"torch {torch.__version__}" in printed
+
+
+METHODS = ("dense SGD", "HGNP", "same pruning, mu = 0")
+
+
+@pytest.mark.parametrize("name", ["history.png", "widths.png"])
+def test_pictures_are_drawn(printed, folder, name):
+    assert name in printed
+    pixels = matplotlib.image.imread(folder / name)
+    assert min(pixels.shape[:2]) > 400
+    assert pixels.std() > 0.01
+
+
+def test_a_new_process_finds_the_accuracy_that_was_saved(printed, folder):
+    accuracy = re.search(r"^ *HGNP +([\d.]+) %", printed, re.MULTILINE)[1]
+    loaded = command("--load", folder / "checkpoint.pt")
+    assert f"test accuracy {accuracy} %, saved with {accuracy} %" in loaded
+
+
+def test_the_checkpoint_is_plain_and_small(printed, folder):
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    model = kfac_flat.shrink(digits.DigitsNet(checkpoint["width"]), checkpoint["pruner"])
+    model.load_state_dict(checkpoint["model"])
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in digits.DigitsNet(8).parameters())
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        digits.main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--device", "--epochs", "--target", "--mu", "--seed", "--seeds", "--out", "--load"):
+        assert option in text
+
+
+@pytest.mark.parametrize("wrong", [["--target", "1.5"], ["--epochs", "1"], ["--seeds", "0"]])
+def test_impossible_options_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        digits.main(wrong)
+    assert exit_.value.code == 2
+    assert "must" in capsys.readouterr().err
+
+
+def test_the_three_start_alike_and_see_the_same_batches():
+    def first_batch(seed):
+        torch.manual_seed(seed)
+        weights = digits.DigitsNet(4).head.weight
+        images = digits.load_data("cpu")[0]
+        return weights, next(images.batches(8, torch.Generator().manual_seed(seed)))[0]
+
+    for one, other in zip(first_batch(1), first_batch(1), strict=True):
+        assert torch.equal(one, other)

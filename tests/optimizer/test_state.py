@@ -1,0 +1,255 @@
+import copy
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam
+
+from kfac_flat import FlatKFAC
+from tests.optimizer.loops import MakeBase, gradients, same, snapshot, train
+from tests.reference import mlp, seeded
+
+BASES: dict[str, MakeBase] = {
+    "sgd": lambda m: SGD(m.parameters(), lr=0.05, momentum=0.9),
+    "adam": lambda m: Adam(m.parameters(), lr=0.01),
+}
+SHAPE = (8, 2, 5, 5)
+
+
+def network() -> nn.Module:
+    """With dropout and running statistics."""
+
+    def make() -> nn.Module:
+        convolution = [nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout(0.3)]
+        return nn.Sequential(*convolution, nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 3))
+
+    return seeded(make, dtype=torch.float32)
+
+
+def fresh(base: str = "sgd", **options: Any) -> tuple[nn.Module, FlatKFAC]:
+    model = network()
+    options = {"mu": 0.3, "every": 3, "clip": None, **options}
+    return model, FlatKFAC(BASES[base](model), model, **options)
+
+
+def through_disk(path: Path, state: Any) -> Any:
+    torch.save(state, path)
+    return torch.load(path, weights_only=True)
+
+
+# -------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+@pytest.mark.parametrize("eigenpairs", ["streaming", "exact"])
+@pytest.mark.parametrize(("n", "m"), [(4, 5), (3, 3)])  # between two refreshes, and right before one
+@pytest.mark.parametrize("base", BASES)
+def test_resuming_from_a_checkpoint_is_bit_exact(
+    tmp_path: Path, base: str, n: int, m: int, eigenpairs: str, fisher: str
+) -> None:
+    def options() -> dict[str, Any]:
+        criterion = nn.CrossEntropyLoss() if fisher == "empirical" else None
+        return {"eigenpairs": eigenpairs, "fisher": fisher, "criterion": criterion}
+
+    model, optimizer = fresh(base, **options())
+    train(model, optimizer, n, shape=SHAPE)
+    saved = through_disk(tmp_path / "checkpoint.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    train(model, optimizer, m, start=n, shape=SHAPE)
+
+    resumed, other = fresh(base, **options())
+    resumed.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    train(resumed, other, m, start=n, shape=SHAPE)
+    assert same(snapshot(resumed, other), snapshot(model, optimizer))
+    assert other.rho == optimizer.rho
+    assert other.radii() == optimizer.radii()
+
+
+def test_forgetting_the_curvature_at_resume_would_be_noticed(tmp_path: Path) -> None:
+    """The comparison above tells a full checkpoint from the base optimizer's alone."""
+    model, optimizer = fresh()
+    train(model, optimizer, 4, shape=SHAPE)
+    saved = through_disk(tmp_path / "checkpoint.pt", {"model": model.state_dict(), "base": optimizer.base.state_dict()})
+    train(model, optimizer, 2, start=4, shape=SHAPE)
+    resumed, other = fresh()
+    resumed.load_state_dict(saved["model"])
+    other.base.load_state_dict(saved["base"])
+    train(resumed, other, 2, start=4, shape=SHAPE)
+    assert not same(resumed.state_dict(), model.state_dict())
+
+
+def test_what_has_been_read_is_there_right_after_loading(tmp_path: Path) -> None:
+    model, optimizer = fresh(reduction="sum")
+    train(model, optimizer, 4, shape=SHAPE)
+    resumed, other = fresh(reduction="sum")
+    other.load_state_dict(through_disk(tmp_path / "optimizer.pt", optimizer.state_dict()))
+    assert other.rho == optimizer.rho > 0
+    assert other.radii() == optimizer.radii()
+    terms = {model_name(model, w): t for w, t in optimizer.input_mask_gradients().items()}
+    assert same({model_name(resumed, w): t for w, t in other.input_mask_gradients().items()}, terms)
+    assert terms
+
+
+def model_name(model: nn.Module, parameter: nn.Parameter) -> str:
+    return next(name for name, p in model.named_parameters() if p is parameter)
+
+
+def test_skipped_steps_are_counted_across_a_checkpoint() -> None:
+    model, optimizer = fresh(every=1)
+    train(model, optimizer, 1, shape=SHAPE)
+    x = torch.full(SHAPE, float("nan"))
+    model(x).sum().backward()
+    with pytest.warns(UserWarning, match="left the penalty out"):
+        optimizer.step()
+    _, other = fresh(every=1)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.skipped == optimizer.skipped == 1
+
+
+def test_a_loaded_curvature_shares_no_memory_with_the_checkpoint() -> None:
+    model, optimizer = fresh()
+    train(model, optimizer, 4, shape=SHAPE)
+    saved = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(saved)
+    resumed, other = fresh()
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(saved)
+    train(resumed, other, 5, start=4, shape=SHAPE)
+    assert same(saved["kfac_flat"], kept["kfac_flat"])  # the rest is the base optimizer's affair
+    assert not same(other.state_dict()["kfac_flat"], kept["kfac_flat"])
+
+
+# -------------------------------------------------------------------------------------------------- the bare base
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_checkpoint_of_the_bare_base_loads(base: str, tmp_path: Path) -> None:
+    model = network()
+    bare = BASES[base](model)
+    train(model, bare, 3, shape=SHAPE)
+    _, optimizer = fresh(base)
+    optimizer.load_state_dict(through_disk(tmp_path / "base.pt", bare.state_dict()))
+    assert same(optimizer.base.state_dict(), bare.state_dict())
+    assert optimizer.rho != optimizer.rho  # NaN: nothing has been read yet
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_checkpoint_loads_into_the_bare_base(base: str, tmp_path: Path) -> None:
+    model, optimizer = fresh(base)
+    train(model, optimizer, 3, shape=SHAPE)
+    saved = through_disk(tmp_path / "optimizer.pt", optimizer.state_dict())
+    resumed = network()
+    bare = BASES[base](resumed)
+    bare.load_state_dict(saved)
+    assert same(bare.state_dict(), optimizer.base.state_dict())
+    resumed.load_state_dict(model.state_dict())
+    train(resumed, bare, 1, start=3, shape=SHAPE)
+
+
+def test_after_a_bare_checkpoint_the_curvature_starts_afresh() -> None:
+    """An optimizer that has already run and one that has not go on alike."""
+    model, optimizer = fresh()
+    train(model, optimizer, 3, shape=SHAPE)
+    weights, bare = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.base.state_dict())
+    train(model, optimizer, 2, start=3, shape=SHAPE)
+    other, unused = fresh()
+    for m, o in ((model, optimizer), (other, unused)):
+        m.load_state_dict(weights)
+        o.load_state_dict(copy.deepcopy(bare))  # torch's optimizers go on in the very tensors they are given
+        train(m, o, 4, start=20, shape=SHAPE)
+    assert same(model.state_dict(), other.state_dict())
+
+
+# -------------------------------------------------------------------------------------------------- copies
+
+
+def pickled(pair: tuple[nn.Module, FlatKFAC]) -> Any:
+    return pickle.loads(pickle.dumps(pair))
+
+
+def saved_whole(pair: tuple[nn.Module, FlatKFAC]) -> Any:
+    buffer = io.BytesIO()
+    torch.save(pair, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved_whole], ids=["deepcopy", "pickle", "torch.save"])
+def test_a_copy_goes_on_bit_for_bit_and_on_its_own(duplicate: Any) -> None:
+    model, optimizer = fresh()
+    train(model, optimizer, 4, shape=SHAPE)
+    other, copied = duplicate((model, optimizer))
+    assert copied.model is other
+    assert copied.param_groups is copied.base.param_groups
+    before = snapshot(model, optimizer)
+    train(other, copied, 5, start=4, shape=SHAPE)
+    assert same(snapshot(model, optimizer), before)
+    train(model, optimizer, 5, start=4, shape=SHAPE)
+    assert same(snapshot(other, copied), snapshot(model, optimizer))
+
+
+def test_a_copy_before_the_first_step_goes_on_alike_too() -> None:
+    model, optimizer = fresh()
+    other, copied = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 3, shape=SHAPE)
+    train(other, copied, 3, shape=SHAPE)
+    assert same(snapshot(other, copied), snapshot(model, optimizer))
+
+
+def test_the_criterion_of_a_copy_is_its_own() -> None:
+    model = mlp()
+    criterion = nn.CrossEntropyLoss()
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, fisher="empirical", criterion=criterion, every=1)
+    train(model, optimizer, 2)
+    other, copied, its_criterion = copy.deepcopy((model, optimizer, criterion))
+    assert its_criterion is not criterion
+    train(other, copied, 3, start=2)
+    train(model, optimizer, 3, start=2)
+    assert same(snapshot(other, copied), snapshot(model, optimizer))
+
+
+# -------------------------------------------------------------------------------------------------- what does not fit
+
+
+def other_widths() -> nn.Module:
+    return seeded(lambda: nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3)))
+
+
+def other_names() -> nn.Module:
+    return nn.Sequential(nn.Identity(), *mlp())
+
+
+def two_groups(model: nn.Module) -> SGD:
+    return SGD([{"params": list(model[:2].parameters())}, {"params": list(model[2:].parameters())}], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "base", "message"),
+    [
+        (other_widths, lambda m: SGD(m.parameters(), lr=0.1), "dense model first"),
+        (other_names, lambda m: SGD(m.parameters(), lr=0.1), "layer '1' that this optimizer does not"),
+        (mlp, two_groups, "parameter group"),
+    ],
+    ids=["other widths", "other names", "other groups"],
+)
+def test_a_checkpoint_of_something_else_is_refused_and_nothing_has_changed(
+    make: Any, base: MakeBase, message: str
+) -> None:
+    foreign = make().double()
+    theirs = FlatKFAC(base(foreign), foreign, mu=0.3, every=2)
+    train(foreign, theirs, 3)
+    model = mlp()
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1, momentum=0.9), model, mu=0.3, every=3)
+    train(model, optimizer, 2)
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert same(snapshot(model, optimizer), before)
+    unharmed = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 2, start=2)
+    train(*unharmed, 2, start=2)
+    assert same(gradients(model), gradients(unharmed[0]))

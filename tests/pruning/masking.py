@@ -1,0 +1,177 @@
+"""What removing neurons must mean, found by running the network, not by reading it.
+
+A neuron is disturbed while the outputs of all other layers are held at what they were: whatever entries of a layer's
+input move then are read from that neuron, through whatever lies between. No tracing, no ids, none of the library.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac_flat import NeuronPruner
+from tests.pruning.nets import call
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and 1 < module.groups == module.in_channels
+
+
+def channel_axis(module: nn.Module, t: Tensor) -> int:
+    return t.dim() - 1 if isinstance(module, nn.Linear) else 1
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+
+
+class Probe:
+    """Finds out which input channels of which layers move with an output channel of a layer."""
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self._model = copy.deepcopy(model).train()  # train mode: auxiliary heads are there as well
+        self._inputs = inputs
+        self._layers = layers_of(self._model)
+        self._read: dict[str, list[Tensor]] = {}
+        self._held: dict[str, list[Tensor]] = {}
+        self._seen: dict[str, list[Tensor]] = {}
+        self._disturbed: tuple[str, int, float] | None = None
+        for name, module in self._layers.items():
+            module.register_forward_hook(self._hook(name))
+        self._run()
+        self._held, self._baseline = self._seen, self._read
+
+    def _run(self) -> None:
+        self._read, self._seen = defaultdict(list), defaultdict(list)
+        with torch.no_grad():
+            call(self._model, self._inputs)
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+            i = len(self._seen[name])
+            self._read[name].append(args[0].clone())
+            self._seen[name].append(output.clone())
+            if not self._held:
+                return None
+            held = output if is_depthwise(module) else self._held[name][i].clone()
+            if self._disturbed is not None and self._disturbed[0] == name:
+                channel = held.select(channel_axis(module, held), self._disturbed[1])
+                noise = torch.randn(channel.shape, dtype=channel.dtype, generator=torch.Generator().manual_seed(0))
+                channel += self._disturbed[2] * noise
+            return held
+
+        return hook
+
+    def readers(self, name: str, channel: int) -> dict[str, set[int]]:
+        """Input channels, by layer, that move with this output channel; depthwise layers are no readers."""
+        found: defaultdict[str, set[int]] = defaultdict(set)
+        for strength in (20.0, -20.0):  # a ReLU that hides one shows the other
+            self._disturbed = name, channel, strength
+            self._run()
+            for reader, module in self._layers.items():
+                if is_depthwise(module):
+                    continue
+                for before, after in zip(self._baseline[reader], self._read[reader], strict=True):
+                    different = (before != after).movedim(channel_axis(module, before), 0).flatten(1).any(1)
+                    found[reader] |= set(different.nonzero().flatten().tolist())
+        return found
+
+
+def removed_outputs(model: nn.Module, layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[int]]:
+    """Output channels of the dense model's layers that the manifest does not keep."""
+    modules = layers_of(model)
+    found = {}
+    for name, entry in layers.items():
+        if name in modules:
+            weight = modules[name].weight
+            found[name] = sorted(set(range(len(weight))) - set(entry["out"].tolist()))
+    return found
+
+
+def removed_inputs(model: nn.Module, inputs: Any, removed: Mapping[str, Iterable[int]]) -> dict[str, set[int]]:
+    """Input channels, by layer, that removed neurons feed; no neuron that stays may feed them as well."""
+    probe = Probe(model, inputs)
+    gone: defaultdict[str, set[int]] = defaultdict(set)
+    stay: defaultdict[str, set[int]] = defaultdict(set)
+    for name, module in layers_of(model).items():
+        lost = set(removed.get(name, ()))
+        for channel in range(len(module.weight)):
+            for reader, columns in probe.readers(name, channel).items():
+                (gone if channel in lost else stay)[reader] |= columns
+    for reader, columns in gone.items():
+        assert not columns & stay[reader], f"{reader} would lose inputs fed by neurons that stay"
+    return {reader: columns for reader, columns in gone.items() if columns}
+
+
+@torch.no_grad()
+def masked(model: nn.Module, columns: Mapping[str, Iterable[int]]) -> nn.Module:
+    """Copy the dense model and set to zero the weights by which layers read these input channels."""
+    model = copy.deepcopy(model)
+    for name, module in layers_of(model).items():
+        for column in columns.get(name, ()):
+            groups = getattr(module, "groups", 1)
+            per_group, rows = module.weight.shape[1], len(module.weight) // groups
+            group, position = divmod(column, per_group)
+            module.weight[group * rows : (group + 1) * rows, position] = 0
+    return model
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Tensors that the model returns, on a copy so that no running statistic moves."""
+    with torch.no_grad():
+        result = call(copy.deepcopy(model), inputs)
+    if isinstance(result, dict):
+        return list(result.values())
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest difference relative to the size of ``b``."""
+    assert [t.shape for t in a] == [t.shape for t in b]
+    return max(float((s - t).abs().max() / t.abs().max()) for s, t in zip(a, b, strict=True))
+
+
+def random_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
+    """Step on random gradients, so that which neurons go has nothing to do with which matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def pruner_for(model: nn.Module, inputs: Any, *, target: float = 0.4, events: int = 1, **options: Any) -> NeuronPruner:
+    """Return a pruner with an optimizer that leaves the weights where they are."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    return NeuronPruner(model, optimizer, inputs, target=target, start=1, every=1, events=events, **options)
+
+
+def prune_at_random(pruner: NeuronPruner, model: nn.Module, seed: int = 0) -> None:
+    """Let one event pass."""
+    random_gradients(model, pruner._optimizer, seed)
+    report = pruner.step()
+    assert report, report.reason
+
+
+def assert_exact(dense: nn.Module, pruned: nn.Module, manifest: Mapping[str, Any], inputs: Any) -> None:
+    """Assert that the pruned model computes what the dense one does without what was removed, and that it matters."""
+    removed = removed_outputs(dense, manifest["layers"])
+    columns = removed_inputs(dense, inputs, removed)
+    reference = masked(dense, columns)
+    for name, module in layers_of(dense).items():
+        if name in manifest["layers"] and not is_depthwise(module):
+            width = module.weight.shape[1] * getattr(module, "groups", 1)
+            kept = sorted(set(range(width)) - columns.get(name, set()))
+            assert manifest["layers"][name]["in"].tolist() == kept, f"{name} reads other channels than it should"
+    for training in (False, True):
+        whole, expected, found = (outputs_of(m.train(training), inputs) for m in (dense, reference, pruned))
+        assert distance(expected, whole) > 1e-3, "the mask changes nothing, so the comparison means nothing"
+        assert distance(found, expected) < 1e-9

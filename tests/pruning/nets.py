@@ -1,0 +1,333 @@
+"""Small networks, one per way in which layers can read each other's channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def conv(c_in: int, c_out: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, kernel, **{"padding": kernel // 2, **options})
+
+
+class Net(nn.Module):
+    """Modules by keyword, and a forward function of them and the inputs."""
+
+    def __init__(self, forward: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self._forward = forward
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Any) -> Any:
+        return self._forward(self, x)
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def cnn_flatten() -> nn.Module:
+    return nn.Sequential(
+        conv(2, 6), nn.ReLU(inplace=True), nn.MaxPool2d(2), conv(6, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 9, 3)
+    )
+
+
+def conv_without_bias() -> nn.Module:
+    return nn.Sequential(
+        conv(2, 6, bias=False), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 7, bias=False, stride=2), nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 3, bias=False),
+    )  # fmt: skip
+
+
+class Block(nn.Module):
+    """Residual block with BatchNorm and a 1x1 shortcut where the width changes."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(c_in, c_out, bias=False), nn.BatchNorm2d(c_out)
+        self.conv2, self.bn2 = conv(c_out, c_out, bias=False), nn.BatchNorm2d(c_out)
+        self.shortcut = nn.Sequential()
+        if c_in != c_out:
+            self.shortcut = nn.Sequential(conv(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        out += self.shortcut(x)
+        return F.relu(out)
+
+
+def residual() -> nn.Module:
+    return nn.Sequential(
+        conv(2, 6, bias=False), nn.BatchNorm2d(6), nn.ReLU(), Block(6, 6), Block(6, 8), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def densenet() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.stem(x)
+        x = torch.cat([x, net.conv1(F.relu(net.bn1(x)))], 1)
+        x = torch.cat([x, net.conv2(F.relu(net.bn2(x)))], dim=1)
+        return net.fc(F.adaptive_avg_pool2d(F.relu(net.bn3(x)), 1).flatten(1))
+
+    return Net(
+        forward, stem=conv(2, 5), bn1=nn.BatchNorm2d(5), conv1=conv(5, 4), bn2=nn.BatchNorm2d(9), conv2=conv(9, 4),
+        bn3=nn.BatchNorm2d(13), fc=nn.Linear(13, 3),
+    )  # fmt: skip
+
+
+def concat_of_flattened() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return net.fc(torch.cat([F.relu(net.a(x)).flatten(1), F.relu(net.b(x)).flatten(1)], 1))
+
+    return Net(forward, a=conv(2, 4), b=conv(2, 5), fc=nn.Linear(9 * 36, 3))
+
+
+def concat_over_examples() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        both = F.relu(torch.cat([net.a(x), net.b(x)], 0))
+        return net.fc(both.mean((2, 3)))
+
+    return Net(forward, a=conv(2, 6), b=conv(2, 6), fc=nn.Linear(6, 3))
+
+
+def depthwise_separable() -> nn.Module:
+    return nn.Sequential(
+        conv(2, 6), nn.BatchNorm2d(6), nn.ReLU6(), conv(6, 6, groups=6, bias=False), nn.BatchNorm2d(6), nn.ReLU6(),
+        conv(6, 8, 1), nn.Hardswish(), nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def depthwise_multiplier() -> nn.Module:
+    return nn.Sequential(
+        conv(2, 5), nn.ReLU(), conv(5, 10, groups=5), nn.BatchNorm2d(10), nn.ReLU(), conv(10, 4, 1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(4 * 36, 3),
+    )  # fmt: skip
+
+
+def grouped() -> nn.Module:
+    return nn.Sequential(
+        conv(2, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 12, groups=2), nn.ReLU(), conv(12, 6, groups=3, bias=False),
+        nn.ReLU(), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(6 * 4, 3),
+    )  # fmt: skip
+
+
+def functional() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = F.relu(net.conv1(x))
+        x = F.max_pool2d(x, 2)
+        x = F.leaky_relu(net.conv2(x), 0.1, inplace=True)
+        x = F.adaptive_avg_pool2d(F.pad(x, (1, 0, 1, 1)), (2, 1))
+        x = torch.relu(net.fc1(x.view(x.size(0), -1)))
+        return net.fc2(torch.sigmoid(x) * 2 - 1)
+
+    return Net(forward, conv1=conv(2, 6), conv2=conv(6, 5), fc1=nn.Linear(10, 9), fc2=nn.Linear(9, 3))
+
+
+def mean_pooled() -> nn.Module:
+    return Net(lambda net, x: net.fc(F.gelu(net.conv(x)).mean((2, 3))), conv=conv(2, 8), fc=nn.Linear(8, 3))
+
+
+def torch_flatten() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return net.fc(torch.flatten(net.pool(F.relu(net.conv(x))), start_dim=1))
+
+    return Net(forward, conv=conv(2, 8), pool=nn.AdaptiveMaxPool2d((2, 1)), fc=nn.Linear(16, 3))
+
+
+class Gate(nn.Module):
+    """Squeeze and excite."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.squeeze, self.excite = conv(width, 4, 1), conv(4, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.excite(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+
+
+def squeeze_excite() -> nn.Module:
+    return nn.Sequential(conv(2, 8), nn.ReLU(), Gate(8), conv(8, 6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 3))
+
+
+def in_place_sums() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.a(x)
+        y = net.b(x)
+        y += x
+        y.add_(net.c(x)).relu_()
+        return net.fc(y.flatten(1))
+
+    return Net(forward, a=conv(2, 6), b=conv(6, 6), c=conv(6, 6, 1), fc=nn.Linear(6 * 36, 3))
+
+
+def called_twice() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = F.relu(net.stem(x))
+        x = F.relu(net.shared(x))
+        return net.fc(F.relu(net.shared(x)).mean((2, 3)))
+
+    return Net(forward, stem=conv(2, 7), shared=conv(7, 7), fc=nn.Linear(7, 3))
+
+
+def tied_linears() -> nn.Module:
+    net = nn.Sequential(
+        nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)
+    )
+    net[4].weight = net[2].weight
+    return net
+
+
+def permuted_flatten() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return net.fc(F.relu(net.conv(x)).permute(0, 2, 3, 1).flatten(1))
+
+    return Net(forward, conv=conv(2, 6), fc=nn.Linear(6 * 36, 3))
+
+
+def tokens() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = F.relu(net.embed(x)).flatten(2).transpose(1, 2)
+        x = x + net.down(F.gelu(net.up(x)))
+        return net.head(x.mean(1))
+
+    embed = conv(2, 6, 2, padding=0, stride=2)
+    return Net(forward, embed=embed, up=nn.Linear(6, 10), down=nn.Linear(10, 6), head=nn.Linear(6, 3))
+
+
+def batchnorm1d() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 8, bias=False), nn.BatchNorm1d(8, affine=False),
+        nn.ELU(), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def conv1d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(2, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(6, 5, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(5 * 4, 3),
+    )  # fmt: skip
+
+
+def auxiliary_head() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Any:
+        x = F.relu(net.conv1(x))
+        y = net.fc(F.relu(net.conv2(x)).mean((2, 3)))
+        return (y, net.aux(x.flatten(1))) if net.training else y
+
+    return Net(forward, conv1=conv(2, 6), conv2=conv(6, 7), aux=nn.Linear(6 * 36, 3), fc=nn.Linear(7, 3))
+
+
+def nested() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 8),
+        nn.Sequential(nn.ReLU(), nn.Sequential(nn.Linear(8, 7), nn.Sequential(nn.Sigmoid(), nn.Linear(7, 5)))),
+        nn.Sequential(nn.Sequential(), nn.Identity(), nn.ReLU(), nn.Linear(5, 3)),
+    )
+
+
+class Keywords(nn.Module):
+    """Two inputs by name, one of them optional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.vector, self.fc = conv(2, 5), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, image: Tensor, vector: Tensor, scale: float = 2.0) -> Tensor:
+        return self.fc(F.relu(self.image(image).mean((2, 3)) * scale + self.vector(vector)))
+
+
+class FromDict(nn.Module):
+    """One argument, a dict of tensors; a dict of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.vector, self.fc = conv(2, 5), nn.Linear(6, 4), nn.Linear(9, 3)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        features = torch.cat((self.image(batch["image"]).amax((2, 3)), self.vector(batch["vector"])), dim=-1)
+        return {"logits": self.fc(F.relu(features))}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and how it is called."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[int], Any]
+
+    def build(self, seed: int = 0, n: int = 6) -> tuple[nn.Module, Any]:
+        """Return the network in float64 with everything random, BatchNorm statistics calibrated, and its inputs."""
+        torch.manual_seed(seed)
+        model, inputs = self.make().double(), self.inputs(n)
+        with torch.no_grad():
+            for module in model.modules():
+                if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.affine:
+                    module.weight.uniform_(0.5, 1.5)
+                    module.bias.normal_(0, 0.5)
+                elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                    module.weight.mul_(2)  # few units that never fire
+                    if module.bias is not None:
+                        module.bias.normal_(0, 0.1)
+            model.train()
+            for _ in range(3):
+                call(model, inputs)
+        return model, inputs
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call the model the way NeuronPruner reads example_inputs."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def vectors(n: int) -> Tensor:
+    return torch.randn(n, 6, dtype=torch.float64)
+
+
+def images(n: int) -> Tensor:
+    return torch.randn(n, 2, 6, 6, dtype=torch.float64)
+
+
+def sequences(n: int) -> Tensor:
+    return torch.randn(n, 2, 10, dtype=torch.float64)
+
+
+def keywords(n: int) -> dict[str, Any]:
+    return {"vector": vectors(n), "image": images(n)}
+
+
+CASES = {
+    "mlp": Case(mlp, vectors),
+    "cnn_flatten": Case(cnn_flatten, images),
+    "conv_without_bias": Case(conv_without_bias, images),
+    "residual": Case(residual, images),
+    "densenet": Case(densenet, images),
+    "concat_of_flattened": Case(concat_of_flattened, images),
+    "concat_over_examples": Case(concat_over_examples, images),
+    "depthwise_separable": Case(depthwise_separable, images),
+    "depthwise_multiplier": Case(depthwise_multiplier, images),
+    "grouped": Case(grouped, images),
+    "functional": Case(functional, images),
+    "mean_pooled": Case(mean_pooled, images),
+    "torch_flatten": Case(torch_flatten, images),
+    "squeeze_excite": Case(squeeze_excite, images),
+    "in_place_sums": Case(in_place_sums, images),
+    "called_twice": Case(called_twice, images),
+    "tied_linears": Case(tied_linears, vectors),
+    "permuted_flatten": Case(permuted_flatten, images),
+    "tokens": Case(tokens, images),
+    "batchnorm1d": Case(batchnorm1d, vectors),
+    "conv1d": Case(conv1d, sequences),
+    "auxiliary_head": Case(auxiliary_head, images),
+    "nested": Case(nested, vectors),
+    "keywords": Case(Keywords, keywords),
+    "dict_of_inputs": Case(FromDict, lambda n: (keywords(n),)),
+}
