@@ -77,7 +77,8 @@ class FlatKFAC(Optimizer):
        the first ``batch_fraction`` of the batch.
     2. A BackPACK extension reads each layer's input and output gradient in one backward pass, and one step of power
        iteration brings the top eigenvectors of its Kronecker factors up to date.
-    3. rho of the layer that attains the maximum is differentiated with respect to all parameters.
+    3. rho of the layer that attained the maximum at the refresh before (so that nothing waits for the device) is
+       differentiated with respect to all parameters.
     4. That gradient, times mu where rho exceeds ``rho_max``, is added to ``p.grad``, at this step and at those until
        the next refresh, so that each step sees loss plus penalty and no step sees a spike.
     5. The wrapped optimizer steps.

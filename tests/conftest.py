@@ -2,5 +2,5 @@
 
 import torch
 
-# The nets are tiny: one thread is faster than several that wait for each other, and results do not depend on the machine.
+# The nets are tiny: one thread is faster than several that wait for each other, and results are the same everywhere.
 torch.set_num_threads(1)

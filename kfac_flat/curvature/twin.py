@@ -116,8 +116,6 @@ class Twin:
             own.update((key, value) for key, value in vars(original).items() if type(value) in (bool, int, float, str))
             if "inplace" in own:
                 twin.inplace = False  # type: ignore[assignment]  # BackPACK's hooks forbid in-place ops on a layer's output
-            if "track_running_stats" in own:  # while training, the running statistics are written and not read
-                twin.track_running_stats = original.track_running_stats and not original.training  # type: ignore[assignment]
             own.update(
                 (key, value.detach().clone()) for key, value in vars(original).items() if isinstance(value, Tensor)
             )
