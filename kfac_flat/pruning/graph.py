@@ -192,7 +192,7 @@ class _Grouping(rules.Table):
         if name in self.inputs:  # called again: position i reads, and is, the same neuron both times
             self.tie(self.inputs[name], inputs)
             return self.outputs[name]
-        if isinstance(module, rules.BATCH_NORMS):
+        if rules.passes_channels(module):
             outputs = inputs
         else:
             size = rules.channel_counts(module)[1]
@@ -260,7 +260,7 @@ class _Silent(rules.Table):
     def used_elsewhere(self, name: str) -> None: ...
 
     def layer(self, name: str, module: nn.Module, inputs: Tensor) -> Tensor:
-        return inputs if isinstance(module, rules.BATCH_NORMS) else torch.full([rules.channel_counts(module)[1]], FIXED)
+        return inputs if rules.passes_channels(module) else torch.full([rules.channel_counts(module)[1]], FIXED)
 
 
 class _Verification(rules.Table):

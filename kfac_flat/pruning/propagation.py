@@ -113,11 +113,9 @@ class Propagation(fx.Interpreter):
         target: Any = n.target
         if n.op == "call_module":
             target = self.submodules[str(n.target)]
-            if rules.has_channels(target) and len(args) == 1:
+            if rules.has_channels(target) and len(args) == 1 and not kwargs:
                 return rules.run_layer(self._table, str(n.target), target, args[0], result)
-            rule = None if str(n.target) in self._program.opaque else rules.MODULE_RULES.get(type(target))
-        else:
-            rule = (rules.METHOD_RULES if n.op == "call_method" else rules.FUNCTION_RULES).get(target)
+        rule = None if n.target in self._program.opaque else rules.find(target)
         if rule not in rules.MOVES:
             self._compare_numbers(n, args, kwargs)
         if rule is None:
@@ -163,7 +161,7 @@ def _prepared(bare: nn.Module, program: Program) -> nn.Module:
     """Put a skeleton into the mode of the trace."""
     bare.train(program.training)
     for module in bare.modules():
-        if isinstance(module, rules.BATCH_NORMS):
+        if isinstance(module, (*rules.BATCH_NORMS, *rules.INSTANCE_NORMS)):
             module.eval()  # its channels are the same, and it would refuse a single example
     return bare
 

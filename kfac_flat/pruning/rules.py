@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kfac_flat.nested import map_tensors
 from kfac_flat.pruning.ids import along, fixed, narrowed, read_along, varying_dims
 
 
@@ -66,14 +67,13 @@ class Operation:
             raise NoRuleError("is not called on a tensor")
         return subject
 
-    def on_ids(self) -> Any:
-        """Execute the call on the ids themselves."""
-        if isinstance(self.target, str):
-            # ids repeat by stride 0, which view() does not accept where reshape() does
-            return getattr(self.args[0], {"view": "reshape"}.get(self.target, self.target))(
-                *self.args[1:], **self.kwargs
-            )
-        return self.target(*self.args, **self.kwargs)
+    def on(self, subject: Tensor) -> Any:
+        """Execute the call on another tensor of the subject's shape."""
+        rest, kwargs = self.args[1:], {key: value for key, value in self.kwargs.items() if key != "input"}
+        if not isinstance(self.target, str):
+            return self.target(subject, *rest, **kwargs)
+        # ids repeat by stride 0, which view() does not accept where reshape() does
+        return getattr(subject, {"view": "reshape"}.get(self.target, self.target))(*rest, **kwargs)
 
 
 Rule: TypeAlias = Callable[[Operation], Any]
@@ -82,8 +82,11 @@ Rule: TypeAlias = Callable[[Operation], Any]
 # ---------------------------------------------------------------- modules with channels of their own
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+PRODUCERS = (nn.Linear, *CONVS, *TRANSPOSED)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-PRODUCERS = (nn.Linear, *CONVS)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+PASSING = (*BATCH_NORMS, *INSTANCE_NORMS, nn.PReLU)
 
 
 def _is(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> bool:
@@ -94,7 +97,7 @@ def _is(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> bool:
 
 def is_producer(module: nn.Module) -> bool:
     """Tell whether the module's output channels are neurons: Linear and convolutions."""
-    return _is(module, PRODUCERS)
+    return _is(module, PRODUCERS) and not (isinstance(module, TRANSPOSED) and module.groups > 1)
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -102,9 +105,14 @@ def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, CONVS) and module.groups == module.in_channels > 1
 
 
+def passes_channels(module: nn.Module) -> bool:
+    """Tell whether the module has a number or two for each channel and hands the channels on: norms, PReLU."""
+    return _is(module, PASSING) and not (isinstance(module, nn.PReLU) and module.num_parameters == 1)
+
+
 def has_channels(module: nn.Module) -> bool:
     """Tell whether the module's tensors are cut along with the neurons."""
-    return is_producer(module) or _is(module, BATCH_NORMS)
+    return is_producer(module) or passes_channels(module)
 
 
 def channel_counts(module: nn.Module) -> tuple[int, int]:
@@ -115,19 +123,28 @@ def channel_counts(module: nn.Module) -> tuple[int, int]:
     """
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if isinstance(module, CONVS):
+    if isinstance(module, (*CONVS, *TRANSPOSED)):
         return module.in_channels, module.out_channels
-    if isinstance(module, BATCH_NORMS):
+    if isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
         return module.num_features, module.num_features
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters, module.num_parameters
     raise TypeError(f"{type(module).__name__} has no channels that could be cut")
+
+
+def _channel_axis(module: nn.Module, x: Tensor) -> int:
+    """Axis of a module's input along which its channels lie."""
+    if isinstance(module, nn.Linear):
+        return x.dim() - 1
+    if isinstance(module, (*CONVS, *TRANSPOSED)):
+        return x.dim() - 1 - len(module.kernel_size)
+    spatial = [i + 1 for i, kind in enumerate(INSTANCE_NORMS) if isinstance(module, kind)]
+    return x.dim() - 1 - spatial[0] if spatial else 1
 
 
 def run_layer(table: Table, name: str, module: nn.Module, x: Tensor, result: Tensor) -> Tensor:
     """Read the channels of ``x`` and lay out the layer's own channels in the shape of its result."""
-    if isinstance(module, nn.Linear):
-        dim = x.dim() - 1
-    else:
-        dim = x.dim() - 1 - len(module.kernel_size) if isinstance(module, CONVS) else 1
+    dim = _channel_axis(module, x)
     inputs = read_along(x, dim)
     if inputs is None:
         table.freeze(x, f"{name} reads different neurons at different positions")
@@ -212,35 +229,63 @@ def _concatenation(tensors: Any, dim: int = 0, axis: int | None = None) -> tuple
 
 
 def _move(op: Operation) -> Any:
-    """Data movement: what it does to ids is what it does to data, provided it does the same once some are gone."""
+    """Data movement: what it does to the neurons' places, it does to their ids.
+
+    It must do the same once some neurons are gone. That holds if they come out in one axis in the order they went in,
+    all repeated alike. It also holds if they are dealt out in rows of equal length (chunks, channel shuffle) and every
+    row loses the same ones, so these are tied.
+    """
     if op.target is operator.getitem and not isinstance(op.args[0], Tensor):
-        return op.on_ids()  # one of several results
-    ids, moved = op.subject, op.on_ids()
-    for part in moved if isinstance(moved, (tuple, list)) else [moved]:
-        axes = varying_dims(part)
-        if not _commutes_with_removal(ids, part):
-            raise NoRuleError("splits, selects or reorders neurons")
-        if op.target in _SIZED and axes and part.shape[axes[0]] in op.literals:
-            raise NoRuleError(
-                f"has a size that depends on the neurons, {part.shape[axes[0]]}, written into it (use -1)"
-            )
-    return moved
+        return operator.getitem(*op.args)  # one of several results
+    axes = varying_dims(op.subject)
+    if not axes:
+        return op.on(op.subject)
+    line = read_along(op.subject, axes[0])
+    if line is None:
+        raise NoRuleError("moves neurons that lie along two axes")
+    moved = op.on(along(torch.arange(len(line)), axes[0], op.subject.shape))
+    parts = [moved] if isinstance(moved, Tensor) else list(moved)
+    for part in parts:
+        for size in (part.shape[d] for d in varying_dims(part)[-1:]):  # an axis before it would be one of rows
+            if op.target in _SIZED and size in op.literals:
+                raise NoRuleError(f"has a size that depends on the neurons, {size}, written into it")
+    row = len(line)
+    if not all(_in_order(part, len(line)) for part in parts):
+        rows = _rows(parts, len(line))
+        op.table.tie(line[rows[:1]].expand(rows.shape), line[rows])
+        row = rows.shape[1]
+    return map_tensors(lambda places: _lookup(line, places % row), moved)
 
 
-def _commutes_with_removal(ids: Tensor, moved: Tensor) -> bool:
-    """Tell whether the neurons come out in one axis, in the order they went in, all repeated alike."""
-    before, after = varying_dims(ids), varying_dims(moved)
-    if not before:
-        return True
-    if len(before) > 1 or len(after) != 1:
+def _in_order(places: Tensor, count: int) -> bool:
+    """Tell whether all neurons come out in one axis, in the order they went in, all repeated alike."""
+    axes = varying_dims(places)
+    came_out = read_along(places, axes[0]) if axes else None
+    if came_out is None or len(came_out) % count:
         return False
-    went_in, came_out = read_along(ids, before[0]), read_along(moved, after[0])
-    assert went_in is not None
-    assert came_out is not None
-    times, rest = divmod(len(came_out), len(went_in))
-    if rest:
-        return False
+    times, went_in = len(came_out) // count, torch.arange(count)
     return torch.equal(came_out, went_in.repeat_interleave(times)) or torch.equal(came_out, went_in.repeat(times))
+
+
+def _rows(parts: list[Tensor], count: int) -> Tensor:
+    """Return the places ``[rows, neurons per row]`` that neurons were dealt out to, in order."""
+    lines: list[Tensor | None] = []
+    if len(parts) == 1 and len(axes := varying_dims(parts[0])) == 2:
+        lines = [read_along(row, axes[1] - 1) for row in parts[0].unbind(axes[0])]
+    elif all(len(varying_dims(part)) == 1 for part in parts):
+        lines = [read_along(part, varying_dims(part)[0]) for part in parts]
+    rows = [line for line in lines if line is not None]
+    if not rows or len(rows) < len(lines) or len({len(row) for row in rows}) > 1:
+        raise NoRuleError("splits, selects or reorders neurons")
+    if not torch.equal(torch.cat(rows), torch.arange(count)):
+        raise NoRuleError("splits, selects or reorders neurons")
+    return torch.stack(rows)
+
+
+def _lookup(line: Tensor, places: Tensor) -> Tensor:
+    """Put in for every place what stands there in ``line``."""
+    (small,) = narrowed(places)
+    return line[small].expand(places.shape)
 
 
 def _same_shape(op: Operation) -> Any:
@@ -248,6 +293,16 @@ def _same_shape(op: Operation) -> Any:
     if not isinstance(op.result, Tensor) or op.result.shape != op.subject.shape:
         raise NoRuleError("changes the shape of its input")
     return op.subject
+
+
+def _resize(op: Operation) -> Any:
+    """Interpolation over all axes behind the channels."""
+    return _spatial(op.subject.dim() - 2)(op)
+
+
+def _fresh(op: Operation) -> Any:
+    """A new tensor that takes no more than shape, dtype or device from another."""
+    return fixed(op.result.shape)
 
 
 def _pad(op: Operation) -> Any:
@@ -270,8 +325,8 @@ MODULE_RULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d), _spatial(2)),
     **dict.fromkeys((nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d), _spatial(3)),
     **dict.fromkeys((nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d), _spatial(2)),
-    nn.UpsamplingNearest2d: _spatial(2),
-    nn.UpsamplingBilinear2d: _spatial(2),
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), _resize),
+    nn.PReLU: _same_shape,
 }
 
 _ELEMENTWISE_NAMES = (
@@ -302,6 +357,10 @@ FUNCTION_RULES: dict[Any, Rule] = {
     torch.concat: _cat,
     torch.concatenate: _cat,
     F.pad: _pad,
+    F.interpolate: _resize,
+    **dict.fromkeys(
+        (torch.zeros_like, torch.ones_like, torch.empty_like, torch.rand_like, torch.randn_like), _same_shape
+    ),
     **dict.fromkeys((F.max_pool1d, F.avg_pool1d, F.adaptive_avg_pool1d, F.adaptive_max_pool1d), _spatial(1)),
     **dict.fromkeys((F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d), _spatial(2)),
     **dict.fromkeys((F.max_pool3d, F.avg_pool3d, F.adaptive_avg_pool3d, F.adaptive_max_pool3d), _spatial(3)),
@@ -314,12 +373,30 @@ METHOD_RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(("contiguous", "clone", "detach", "float", "double", "half", "bfloat16", "type"), _same_shape),
     **dict.fromkeys(("to", "type_as", "cpu", "cuda", "requires_grad_"), _same_shape),
+    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"), _fresh),
     **dict.fromkeys(_REDUCTIONS, _reduce),
+    "expand_as": _pointwise,
     **dict.fromkeys((*_MOVES, "view", "expand", "t"), _move),
 }
 
 # Calls whose whole-number arguments are sizes.
-_SIZED = {"view", "reshape", "expand", "unflatten", "broadcast_to", torch.reshape, torch.unflatten, torch.broadcast_to}
+_SIZED = {
+    *("view", "reshape", "expand", "unflatten", "broadcast_to", "split", "narrow"),
+    *(torch.reshape, torch.unflatten, torch.broadcast_to, torch.split, torch.narrow),
+}
+
+# Functions of other packages, by their full name, so that they need not be installed.
+NAMED_RULES: dict[str, Rule] = {"torchvision.ops.stochastic_depth.stochastic_depth": _same_shape}
 
 # Rules of operations that may be called with sizes which depend on how many neurons there are.
 MOVES = (_move, _cat)
+
+
+def find(target: Any) -> Rule | None:
+    """Return the rule of a function, a tensor method (by name) or a module, if there is one."""
+    if isinstance(target, str):
+        return METHOD_RULES.get(target)
+    if isinstance(target, nn.Module):
+        return MODULE_RULES.get(type(target))
+    name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
+    return FUNCTION_RULES.get(target) or NAMED_RULES.get(name)

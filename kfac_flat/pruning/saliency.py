@@ -15,6 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from kfac_flat.pruning import rules
+
 
 def mask_gradient(weight: Tensor, gradient: Tensor, groups: int = 1) -> Tensor:
     """Gradient of the loss at masks on a layer's inputs: weight times gradient, summed over what reads each channel.
@@ -67,7 +69,10 @@ class Saliency:
         for weight, name in with_gradient.items():
             gradient, groups = weight.grad, int(getattr(self._consumers[name], "groups", 1))
             assert gradient is not None
-            contribution = mask_gradient(weight, gradient, groups)
+            if isinstance(self._consumers[name], rules.TRANSPOSED):  # [C_in, C_out, *kernel]
+                contribution = mask_gradient(weight.transpose(0, 1), gradient.transpose(0, 1))
+            else:
+                contribution = mask_gradient(weight, gradient, groups)
             if scale is not None:
                 contribution = contribution / scale
             if weight in direct:

@@ -43,9 +43,16 @@ def module_cut(module: nn.Module, kept: Kept) -> ModuleCut:
             {"weight": {0: outputs, 1: inputs}, "bias": {0: outputs}},
             {"in_features": len(inputs), "out_features": len(outputs)},
         )
-    if isinstance(module, rules.BATCH_NORMS):
+    if isinstance(module, nn.PReLU):
+        return ModuleCut({"weight": {0: outputs}}, {"num_parameters": len(outputs)})
+    if isinstance(module, (*rules.BATCH_NORMS, *rules.INSTANCE_NORMS)):
         names = ("weight", "bias", "running_mean", "running_var")
         return ModuleCut({name: {0: outputs} for name in names}, {"num_features": len(outputs)})
+    if isinstance(module, rules.TRANSPOSED):
+        return ModuleCut(
+            {"weight": {0: inputs, 1: outputs}, "bias": {0: outputs}},
+            {"in_channels": len(inputs), "out_channels": len(outputs)},
+        )
     if isinstance(module, rules.CONVS):
         attributes = {"in_channels": len(inputs), "out_channels": len(outputs)}
         if rules.is_depthwise(module):

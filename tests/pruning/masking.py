@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kfac_flat import NeuronPruner
 from tests.pruning.nets import call
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -26,6 +26,14 @@ def is_depthwise(module: nn.Module) -> bool:
 
 def channel_axis(module: nn.Module, t: Tensor) -> int:
     return t.dim() - 1 if isinstance(module, nn.Linear) else 1
+
+
+def widths_of(module: nn.Module) -> tuple[int, int]:
+    """Input and output channels, read off the weight."""
+    first, second = module.weight.shape[:2]
+    if isinstance(module, nn.ConvTranspose2d):
+        return first, second
+    return second * getattr(module, "groups", 1), first
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -90,8 +98,7 @@ def removed_outputs(model: nn.Module, layers: Mapping[str, Mapping[str, Tensor]]
     found = {}
     for name, entry in layers.items():
         if name in modules:
-            weight = modules[name].weight
-            found[name] = sorted(set(range(len(weight))) - set(entry["out"].tolist()))
+            found[name] = sorted(set(range(widths_of(modules[name])[1])) - set(entry["out"].tolist()))
     return found
 
 
@@ -102,7 +109,7 @@ def removed_inputs(model: nn.Module, inputs: Any, removed: Mapping[str, Iterable
     stay: defaultdict[str, set[int]] = defaultdict(set)
     for name, module in layers_of(model).items():
         lost = set(removed.get(name, ()))
-        for channel in range(len(module.weight)):
+        for channel in range(widths_of(module)[1]):
             for reader, columns in probe.readers(name, channel).items():
                 (gone if channel in lost else stay)[reader] |= columns
     for reader, columns in gone.items():
@@ -116,6 +123,9 @@ def masked(model: nn.Module, columns: Mapping[str, Iterable[int]]) -> nn.Module:
     model = copy.deepcopy(model)
     for name, module in layers_of(model).items():
         for column in columns.get(name, ()):
+            if isinstance(module, nn.ConvTranspose2d):
+                module.weight[column] = 0
+                continue
             groups = getattr(module, "groups", 1)
             per_group, rows = module.weight.shape[1], len(module.weight) // groups
             group, position = divmod(column, per_group)
@@ -168,8 +178,7 @@ def assert_exact(dense: nn.Module, pruned: nn.Module, manifest: Mapping[str, Any
     reference = masked(dense, columns)
     for name, module in layers_of(dense).items():
         if name in manifest["layers"] and not is_depthwise(module):
-            width = module.weight.shape[1] * getattr(module, "groups", 1)
-            kept = sorted(set(range(width)) - columns.get(name, set()))
+            kept = sorted(set(range(widths_of(module)[0])) - columns.get(name, set()))
             assert manifest["layers"][name]["in"].tolist() == kept, f"{name} reads other channels than it should"
     for training in (False, True):
         whole, expected, found = (outputs_of(m.train(training), inputs) for m in (dense, reference, pruned))

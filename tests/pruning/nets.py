@@ -304,7 +304,43 @@ def keywords(n: int) -> dict[str, Any]:
     return {"vector": vectors(n), "image": images(n)}
 
 
+def channel_shuffle() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        left, right = F.relu(net.stem(x)).chunk(2, dim=1)
+        x = torch.cat([left, F.relu(net.branch(right))], 1)
+        n, c, h, w = x.size()
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        return net.head(F.relu(net.last(x)).mean((2, 3)))
+
+    return Net(forward, stem=conv(2, 8), branch=conv(4, 4), last=conv(8, 6), head=nn.Linear(6, 3))
+
+
+def unet() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        top = F.relu(net.norm(net.down(x)))
+        low = F.relu(net.low(F.max_pool2d(top, 2)))
+        up = torch.cat([F.relu(net.up(low)), F.interpolate(low, scale_factor=2), top], 1)
+        return net.head(F.adaptive_avg_pool2d(net.last(up), 1).flatten(1))
+
+    return Net(
+        forward, down=conv(2, 6), norm=nn.InstanceNorm2d(6, affine=True), low=conv(6, 5),
+        up=nn.ConvTranspose2d(5, 4, 2, stride=2), last=nn.Sequential(conv(15, 7), nn.PReLU(7)), head=nn.Linear(7, 3),
+    )  # fmt: skip
+
+
+def gate_by_expand_as() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = F.relu(net.a(x))
+        gate = torch.sigmoid(net.gate(x.mean((2, 3), keepdim=True))).expand_as(x)
+        return net.head(F.relu(net.b(x * gate + torch.zeros_like(x))).mean((2, 3)))
+
+    return Net(forward, a=conv(2, 8), gate=conv(8, 8, 1), b=conv(8, 6), head=nn.Linear(6, 3))
+
+
 CASES = {
+    "channel_shuffle": Case(channel_shuffle, images),
+    "unet": Case(unet, images),
+    "gate_by_expand_as": Case(gate_by_expand_as, images),
     "mlp": Case(mlp, vectors),
     "cnn_flatten": Case(cnn_flatten, images),
     "conv_without_bias": Case(conv_without_bias, images),

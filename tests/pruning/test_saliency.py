@@ -12,12 +12,13 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 from kfac_flat import FlatKFAC, NeuronPruner
-from tests.pruning.masking import LAYERS, Probe, channel_axis, is_depthwise, layers_of
+from tests.pruning.masking import LAYERS, Probe, channel_axis, is_depthwise, layers_of, widths_of
 from tests.pruning.nets import CASES
 
 NETS = (
     *("mlp", "cnn_flatten", "residual", "densenet", "depthwise_separable", "depthwise_multiplier", "grouped"),
     *("squeeze_excite", "permuted_flatten", "called_twice", "tied_linears", "tokens", "batchnorm1d", "conv1d"),
+    *("channel_shuffle", "unet"),
 )
 MU = 0.05
 
@@ -36,7 +37,7 @@ class Masked:
         self.written: dict[str, Tensor] = {}
         for name, module in layers_of(self.model).items():
             if not is_depthwise(module):
-                width = module.weight.shape[1] * getattr(module, "groups", 1)
+                width = widths_of(module)[0]
                 self.masks[name] = torch.ones(width, dtype=torch.float64, requires_grad=True)
                 module.register_forward_pre_hook(self._mask(name))
             module.register_forward_hook(self._watch(name))
