@@ -271,6 +271,8 @@ def save(path: Path, run: Run, settings: Settings) -> None:
 def evaluate_saved(path: Path, device: str, console: Console) -> None:
     """Load a pruned network as one would where it is used, without optimizer or pruner, and evaluate it."""
     checkpoint = torch.load(path, map_location=device, weights_only=True)
+    if "width" not in checkpoint:
+        raise SystemExit(f"{path} was not saved by this example")
     model = DigitsNet(checkpoint["width"]).to(device)
     kfac_flat.shrink(model, checkpoint["pruner"])
     model.load_state_dict(checkpoint["model"])
@@ -298,6 +300,7 @@ def compare(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
+    torch.set_num_threads(options.threads)
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     if options.load:
         evaluate_saved(options.load, options.device, console)
@@ -309,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Method("HGNP", options.mu, options.target),
         Method("same pruning, mu = 0", 0.0, options.target),
     )
+    options.out.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     train_set, test_set = load_data(options.device)
     all_settings = [replace(settings, seed=options.seed + i) for i in range(options.seeds)]
     with Display(console) as display:
@@ -318,7 +322,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
     results = {method.name: list(runs) for method, runs in zip(methods, zip(*seeds, strict=True), strict=True)}
 
-    options.out.mkdir(parents=True, exist_ok=True)
     save(options.out / "checkpoint.pt", results["HGNP"][0], all_settings[0])
     digits_report.print_table(console, results, TIMED_BATCH)
     digits_report.draw_history(results, options.out / "history.png", settings)
@@ -341,16 +344,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--target", type=share, default=0.75, help="share of the neurons to remove, in (0, 1)")
-    parser.add_argument("--mu", type=float, default=0.01, help="weight of the curvature penalty")
+    parser.add_argument("--mu", type=at_least_zero, default=0.01, help="weight of the curvature penalty")
     parser.add_argument("--epochs", type=whole(2), default=Settings.epochs, help="epochs of training, at least 2")
     parser.add_argument("--lr", type=float, default=Settings.lr, help="peak of the one-cycle learning rate")
     parser.add_argument("--width", type=whole(2), default=Settings.width, help="channels of the first block")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the images")
     parser.add_argument("--seeds", type=whole(1), default=1, help="repeat with this many seeds: mean and deviation")
     parser.add_argument("--device", default="cpu", help="torch device to run on: cpu, cuda, mps, ...")
+    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads; more rarely help such small networks")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder for pictures and checkpoint")
     parser.add_argument("--load", type=Path, metavar="PATH", help="evaluate this checkpoint, and nothing else")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.load and not options.load.is_file():
+        parser.error(f"--load {options.load}: there is no such file")
+    if options.out.is_file():
+        parser.error(f"--out {options.out}: this is a file, not a folder")
+    return options
 
 
 def share(text: str) -> float:
@@ -358,6 +367,14 @@ def share(text: str) -> float:
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} must lie between 0 and 1")
+    return value
+
+
+def at_least_zero(text: str) -> float:
+    """Read a number that is not negative."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0")
     return value
 
 

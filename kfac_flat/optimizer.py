@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from kfac_flat.curvature.likelihood import Likelihood, resolve
-from kfac_flat.curvature.tracker import HostCopy, RadiusTracker
-from kfac_flat.curvature.twin import layer_names
-from kfac_flat.recorder import CallRecorder
+from kfac_flat.curvature.tracker import HostCopy, RadiusGradient, RadiusTracker
+from kfac_flat.curvature.twin import layer_names, unread_modules
+from kfac_flat.recorder import CallRecorder, RecordedCall
 from kfac_flat.structure import Kept, unwrap
 
 Schedule = float | Callable[[int], float]
@@ -36,7 +36,7 @@ class _Options:
     criterion: nn.Module | None
     likelihood: str | Likelihood
     reduction: str
-    layers: list[str | type[nn.Module]] | None
+    layers: Iterable[str | type[nn.Module]] | None
     eigenpairs: str
     clip: float | None
     seed: int
@@ -49,14 +49,19 @@ class _Options:
             raise ValueError('fisher="empirical" needs criterion=, the loss module of the training loop')
         for name in ("mu", "rho_max"):
             value = getattr(self, name)
-            if not callable(value) and not 0 <= value < math.inf:
-                raise ValueError(f"{name}={value} must be a number >= 0, or a function of the step count")
+            if not callable(value) and not _is_number(value, 0, math.inf):
+                raise ValueError(f"{name}={value!r} must be a number >= 0, or a function of the step count")
         if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise ValueError(f"every={self.every} must be a whole number of steps, at least 1")
-        if not 0 < self.batch_fraction <= 1:
-            raise ValueError(f"batch_fraction={self.batch_fraction} must lie in (0, 1]")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip={self.clip} must be positive, or None for no bound")
+            raise ValueError(f"every={self.every!r} must be a whole number of steps, at least 1")
+        if not _is_number(self.batch_fraction, 0, 1 + 1e-12) or not self.batch_fraction:
+            raise ValueError(f"batch_fraction={self.batch_fraction!r} must lie in (0, 1]")
+        if self.clip is not None and not (_is_number(self.clip, 0, math.inf) and self.clip):
+            raise ValueError(f"clip={self.clip!r} must be positive, or None for no bound")
+
+
+def _is_number(value: Any, low: float, high: float) -> bool:
+    """Tell whether the value is a number in [low, high)."""
+    return isinstance(value, (int, float)) and low <= value < high
 
 
 _CHOICES = {
@@ -87,8 +92,8 @@ class FlatKFAC(Optimizer):
 
     Args:
         optimizer: An optimizer instance over (some of) the model's parameters. ``param_groups``, ``state`` and
-            ``defaults`` stay its own: schedulers, scalers and checkpoints see one truth.
-        model: The model being trained; wrappers (DistributedDataParallel, ``torch.compile``) may be on.
+            ``defaults`` stay its own: schedulers, scalers and checkpoints see one truth. Step the wrapper, not this.
+        model: The model being trained; wrappers may be on, but several processes are refused for now.
         mu: Weight of the penalty, or a function of the step count.
         rho_max: K, the spectral radius below which there is no penalty, or a function of the step count.
         every: Steps from one computation of the penalty's gradient to the next.
@@ -150,21 +155,26 @@ class FlatKFAC(Optimizer):
             criterion=criterion,
             likelihood=likelihood,
             reduction=reduction,
-            layers=None if layers is None else list(layers),
+            layers=layers if layers is None or isinstance(layers, (str, type)) else tuple(layers),
             eigenpairs=eigenpairs,
             clip=clip,
             seed=seed,
         )
         self.base, self.model, self._inner = optimizer, model, unwrap(model)
+        optimizer._kfac_flat = weakref.ref(self)  # type: ignore[attr-defined]  # for those who should be given this one
         super().__setstate__({})  # torch's own way to give an optimizer its hook tables without touching its groups
         self._parameters()  # raises where the optimizer's parameters are not the model's
         self._likelihood = resolve(likelihood)
         names = layer_names(self._inner, self._options.layers)
+        self._unread = unread_modules(self._inner) if layers is None else {}
         self._tracker = RadiusTracker(self._inner, names, reduction=reduction, exact=eigenpairs == "exact", seed=seed)
         self._steps = 0
         self._generator: torch.Generator | None = None
         self._penalty: dict[nn.Parameter, Tensor] | None = None  # its gradient, once computed
         self._mask_terms: dict[str, Tensor] = {}
+        self._penalty_norm = torch.tensor(0.0)
+        self._factor = torch.tensor(1.0)  # what keeps the penalty within clip at the current step
+        self._whole_batches = False
         self._skipped: Tensor | None = None
         self._skipped_host = HostCopy()
         self._warned = False
@@ -225,13 +235,13 @@ class FlatKFAC(Optimizer):
 
     @property
     def skipped(self) -> int:
-        """Number of refreshes whose penalty was left out because loss, gradients or factors were not finite."""
+        """Number of steps whose penalty was left out because loss, gradients or factors were not finite."""
         return 0 if self._skipped is None else int(self._skipped)
 
     @property
     def skipped_layers(self) -> dict[str, str]:
         """Layers whose curvature cannot be read, by name, and why."""
-        return dict(self._tracker.skipped)
+        return {**self._unread, **self._tracker.skipped}
 
     def input_mask_gradients(self) -> dict[nn.Parameter, Tensor]:
         """Gradient of the penalty at masks on layers' inputs, through A alone (see :class:`NeuronPruner`).
@@ -239,7 +249,11 @@ class FlatKFAC(Optimizer):
         Returns:
             For the weight of each layer that the penalty currently acts on, ``[C_in]``.
         """
-        return {self._inner.get_submodule(name).weight: term for name, term in self._mask_terms.items()}  # type: ignore[misc]
+        terms: dict[nn.Parameter, Tensor] = {}
+        for name, term in self._mask_terms.items():
+            weight: nn.Parameter = self._inner.get_submodule(name).weight  # type: ignore[assignment]
+            terms[weight] = term * self._factor + terms.get(weight, 0.0)  # layers may share a weight
+        return terms
 
     # ---------------------------------------------------------------- stepping
 
@@ -273,10 +287,24 @@ class FlatKFAC(Optimizer):
         elif self._refreshes_next():
             self._refresh(self._value(self._options.mu), self._value(self._options.rho_max))
         self._steps += 1
-        pairs = [(p.grad, g) for p, g in (self._penalty or {}).items() if p.grad is not None and p.shape == g.shape]
-        if pairs:
-            gradients, penalties = zip(*pairs, strict=True)
-            torch._foreach_add_(gradients, penalties)
+        # A gradient of another shape stems from before a cut that this optimizer was not told of.
+        penalty = {p: g for p, g in (self._penalty or {}).items() if p.grad is not None and p.shape == g.shape}
+        if penalty:
+            finite = self._set_factor(list(penalty))
+            gradients = [p.grad for p in penalty if p.grad is not None]
+            torch._foreach_add_(gradients, torch._foreach_mul(list(penalty.values()), self._factor))
+            self._count_skipped(finite)
+
+    def _set_factor(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Bound the penalty by the loss's gradient at this step, on the device; returns whether all is finite."""
+        loss_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        finite = loss_norm.isfinite() & self._penalty_norm.isfinite()
+        factor = torch.ones_like(loss_norm)
+        if self._options.clip is not None:
+            tiny = torch.finfo(loss_norm.dtype).tiny
+            factor = (self._options.clip * loss_norm / self._penalty_norm.clamp(min=tiny)).clamp(max=1.0)
+        self._factor = torch.where(finite, factor, 0.0)
+        return finite
 
     def _refresh(self, mu: float, rho_max: float) -> None:
         """Compute the penalty's gradient on the last training batch."""
@@ -291,43 +319,52 @@ class FlatKFAC(Optimizer):
             self._penalty, self._mask_terms = None, {}
             self._forget_calls()
             return
+        gradient = self._rho_gradient(call, parameters)
+        self._forget_calls()
+        weight = mu * (gradient.rho > rho_max).to(gradient.rho)
+        found = {p: weight * g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
+        self._penalty_norm = get_total_norm(list(found.values())).to(gradient.rho.device)
+        finite = self._penalty_norm.isfinite()
+        self._penalty = {p: torch.where(finite, g, 0.0).to(p.dtype) for p, g in found.items()}
+        self._mask_terms = {name: torch.where(finite, weight * m, 0.0) for name, m in gradient.input_masks.items()}
+
+    def _rho_gradient(self, call: RecordedCall, parameters: list[nn.Parameter]) -> RadiusGradient:
+        """Differentiate rho on the share of a batch that the options ask for, or on all of it where that cannot be."""
         examples = max(min(2, call.batch_size), round(self._options.batch_fraction * call.batch_size))
-        args, kwargs = call.first(examples)
+        if self._whole_batches:
+            examples = call.batch_size
         sampled = self._criterion_calls is None
         loss = self._sampled_loss if sampled else self._empirical_loss(call.batch_size, examples)
-        gradient = self._tracker.gradient(args, kwargs, loss, parameters, call.conditions)
-        self._forget_calls()
-        found = {p: g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
-        finite, scale = self._scale(mu * (gradient.rho > rho_max).to(gradient.rho), parameters, found.values())
-        self._penalty = {p: torch.where(finite, g * scale, 0.0).to(p.grad.dtype) for p, g in found.items()}  # type: ignore[union-attr]
-        self._mask_terms = {name: torch.where(finite, m * scale, 0.0) for name, m in gradient.input_masks.items()}
-        self._count_skipped(finite)
-
-    def _scale(
-        self, weight: Tensor, parameters: Iterable[nn.Parameter], penalty: Iterable[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Return whether all is finite, and the factor of the penalty's gradient, both as scalars on the device."""
-        loss_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        penalty_norm = weight * get_total_norm(list(penalty))
-        finite = loss_norm.isfinite() & penalty_norm.isfinite()
-        if self._options.clip is not None:
-            tiny = torch.finfo(penalty_norm.dtype).tiny
-            weight = weight * (self._options.clip * loss_norm / penalty_norm.clamp(min=tiny)).clamp(max=1.0)
-        return finite, weight
+        args, kwargs = call.first(examples)
+        try:
+            return self._tracker.gradient(args, kwargs, loss, parameters, call.conditions)
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            if examples >= call.batch_size or isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._whole_batches = True
+            gradient = self._rho_gradient(call, parameters)
+            warnings.warn(
+                f"the model does not run on a part of its batch ({error}), so FlatKFAC takes whole batches from now "
+                "on; say so with batch_fraction=1",
+                stacklevel=7,
+            )
+            return gradient
 
     def _count_skipped(self, finite: Tensor) -> None:
         """Count on the device; warn once the count has come back to the host."""
-        before = self._skipped_host.get()
+        known = self._skipped_host.get()
+        before = 0 if known is None else int(known)
         self._skipped = (~finite).long() + (0 if self._skipped is None else self._skipped)
         self._skipped_host.put(self._skipped)
-        known = self._skipped_host.get() if self._skipped.device.type == "cpu" else before
-        if known is not None and int(known) and not self._warned:
+        if self._skipped.device.type == "cpu":
+            before = int(self._skipped)
+        if before and not self._warned:
             self._warned = True
             warnings.warn(
                 "FlatKFAC left the penalty out of a step because the loss, its gradients or the curvature were not "
                 "finite; the wrapped optimizer stepped as it would have. Further cases are counted in "
                 "FlatKFAC.skipped without a warning",
-                stacklevel=6,  # the line that called step(), past torch's own wrapper
+                stacklevel=5,  # the line that called step(), past torch's own wrapper
             )
 
     def _sampled_loss(self, output: Any) -> Tensor:
@@ -410,7 +447,10 @@ class FlatKFAC(Optimizer):
         return due and self._value(self._options.mu) != 0
 
     def _value(self, schedule: Schedule) -> float:
-        return schedule(self._steps) if callable(schedule) else schedule
+        value = schedule(self._steps) if callable(schedule) else schedule
+        if not 0 <= value < math.inf:
+            raise ValueError(f"mu and rho_max must be numbers >= 0, but the function given returned {value}")
+        return value
 
     # ---------------------------------------------------------------- following a cut
 
@@ -436,6 +476,7 @@ class FlatKFAC(Optimizer):
         def commit() -> None:
             self._tracker.eigenvectors = eigenvectors
             self._penalty, self._mask_terms = penalty, mask_terms
+            self._penalty_norm = get_total_norm(list((penalty or {}).values())).to(self._penalty_norm)
             self._forget_calls()
 
         return commit
@@ -453,6 +494,7 @@ class FlatKFAC(Optimizer):
             "skipped": self.skipped,
             "generator": None if self._generator is None else self._generator.get_state(),
             "penalty": None if self._penalty is None else {index[id(p)]: g for p, g in self._penalty.items()},
+            "penalty_norm": self._penalty_norm,
             "mask_terms": dict(self._mask_terms),
             **self._tracker.state_dict(),
         }
@@ -492,6 +534,7 @@ class FlatKFAC(Optimizer):
         device = parameters[0].device
         self._steps = own["steps"]
         self._skipped = torch.tensor(own["skipped"], device=device)
+        self._penalty_norm = own["penalty_norm"].to(device, copy=True)
         self._mask_terms = {name: m.to(device, copy=True) for name, m in own["mask_terms"].items()}
         self._tracker.load_state_dict(own)
         if own["penalty"] is not None:
@@ -527,5 +570,13 @@ def _check_types(optimizer: Any, model: Any) -> None:
         )
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    if isinstance(optimizer, FlatKFAC):
+        raise TypeError("the optimizer is a FlatKFAC already; wrapped twice, it would add its penalty twice")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    inner = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
+    if isinstance(inner, nn.parallel.DistributedDataParallel) and inner.process_group.size() > 1:
+        raise TypeError(
+            "FlatKFAC does not reduce the penalty's gradient over processes yet, so replicas would drift apart: "
+            "train in one process"
+        )

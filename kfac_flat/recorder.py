@@ -37,6 +37,8 @@ class RecordedCall:
             "enabled": torch.is_autocast_enabled(device.type),
             "dtype": torch.get_autocast_dtype(device.type),
         }
+        # Copies, since the module may work in place; without the graph that may lead to them, which must not live on.
+        args, kwargs = map_tensors(lambda t: t.detach().clone(), (args, kwargs))
         return cls(args, kwargs, module.training, device, states, autocast)
 
     @property
@@ -47,6 +49,8 @@ class RecordedCall:
     def first(self, examples: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with every tensor that has an axis of examples cut to the first ``examples``."""
         size = self.batch_size
+        if examples >= size:
+            return self.args, dict(self.kwargs)
         cut = map_tensors(lambda t: t[:examples] if t.dim() and len(t) == size else t, (self.args, self.kwargs))
         return cut[0], cut[1]
 
@@ -82,6 +86,7 @@ class CallRecorder:
         weakref.finalize(owner, handle.remove)
         return recorder
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, it would tie compiled code to the optimizer
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record a call, as ``register_forward_pre_hook`` announces it."""
         if self._wanted is None or not torch.is_grad_enabled() or not self._wanted():

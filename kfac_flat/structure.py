@@ -60,7 +60,7 @@ def structural_copy(model: Module, tensor: Callable[[Tensor], Tensor]) -> Module
                 memo[id(t)] = tensor(t)
     hooks = _set_aside_hooks(model)
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
         raise TypeError(
             f"the structure of {type(model).__name__} cannot be copied ({error}); "
@@ -69,6 +69,9 @@ def structural_copy(model: Module, tensor: Callable[[Tensor], Tensor]) -> Module
     finally:
         for module, name, value in hooks:
             setattr(module, name, value)
+    for module in copied.modules():
+        vars(module).pop("_compiled_call_impl", None)  # what Module.compile() made is the original's
+    return copied
 
 
 def _set_aside_hooks(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:

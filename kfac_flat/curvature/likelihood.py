@@ -23,14 +23,20 @@ def categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
             f'likelihood="categorical" needs logits of shape [N, classes, ...], not {list(logits.shape)}; '
             'for a single logit per example use likelihood="bernoulli"'
         )
+    if logits.shape[1] == 1:
+        raise ValueError(
+            "a softmax over one class is constant, so there is no curvature: for one logit per example use "
+            'likelihood="bernoulli", for regression likelihood="gaussian"'
+        )
+    logits = _at_least_float32(logits)
     with torch.no_grad():  # Gumbel-max: argmax of log-probability plus Gumbel noise, no host synchronisation
-        noise = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
-        labels = (logits - noise.exponential_(generator=generator).log()).argmax(1)
+        labels = (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(1)
     return _per_example(F.cross_entropy(logits, labels, reduction="none")).mean(1)
 
 
 def gaussian(mean: Tensor, generator: torch.Generator) -> Tensor:
     """Half the squared distance to a draw from a Gaussian of unit variance around the output, summed over its axes."""
+    mean = _at_least_float32(mean)
     with torch.no_grad():
         labels = mean + torch.empty_like(mean).normal_(generator=generator)
     return _per_example(0.5 * (mean - labels).square()).sum(1)
@@ -38,6 +44,7 @@ def gaussian(mean: Tensor, generator: torch.Generator) -> Tensor:
 
 def bernoulli(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Binary cross-entropy of independent logits, summed over the output's axes."""
+    logits = _at_least_float32(logits)
     with torch.no_grad():
         uniform = torch.empty_like(logits).uniform_(generator=generator)
         labels = (uniform < logits.sigmoid()).to(logits.dtype)
@@ -61,6 +68,11 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
             "(output, generator) -> negative log-likelihoods [N] at labels it draws itself"
         )
     return LIKELIHOODS[likelihood]
+
+
+def _at_least_float32(output: Tensor) -> Tensor:
+    """In half precision, labels drawn would not follow the distribution that the output describes."""
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def _per_example(losses: Tensor) -> Tensor:

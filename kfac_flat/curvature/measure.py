@@ -46,5 +46,6 @@ def spectral_radii(
     draw = resolve(likelihood)
     generator = torch.Generator(next(inner.parameters()).device).manual_seed(seed)
     tracker = RadiusTracker(inner, layer_names(inner, layers), reduction="max", exact=exact, seed=seed)
-    tracker.measure(inputs, {}, lambda output: draw(output, generator).sum(), steps=100)
+    with torch.random.fork_rng(devices=[]):  # dropout must not move the user's generator
+        tracker.measure(inputs, {}, lambda output: draw(output, generator).sum(), steps=100)
     return {name: float(radius) for name, radius in tracker.radii.items()}

@@ -54,6 +54,15 @@ class Eigenvectors:
         )
         return cls(_unit(A), _unit(G))
 
+    def fits(self, layer: Layer) -> bool:
+        """Tell whether the shapes are the layer's."""
+        groups = groups_of(layer)
+        return self.A.shape == (groups, input_dim(layer)) and self.G.shape == (groups, output_dim(layer))
+
+    def to(self, like: Tensor) -> Eigenvectors:
+        """Return them on the device and in the dtype of ``like``."""
+        return Eigenvectors(self.A.to(like), self.G.to(like))
+
     def index_select(self, layer: Layer, kept: Kept) -> Eigenvectors:
         """Return what a cut leaves of them, of unit length; ``layer`` is the layer BEFORE the cut."""
         inputs, outputs = kept.inputs.to(self.A.device), kept.outputs.to(self.A.device)
@@ -143,8 +152,8 @@ def input_mask_gradient(data: LayerData, v: Eigenvectors) -> Tensor:
     data = data.detach()
     lambda_A, lambda_G = eigenvalues(data, v)
     rho = lambda_A * lambda_G
-    attains = rho == rho.max()
-    per_entry = 2 * (rho * attains)[:, None] * v.A.square()
+    attains = (rho == rho.max()).to(rho)
+    per_entry = 2 * (rho * attains / attains.sum())[:, None] * v.A.square()
     return per_entry.reshape(-1, inputs_per_channel(data.layer)).sum(1)
 
 

@@ -7,6 +7,7 @@ the layer that attains the maximum is known from the batch before, so that nothi
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from kfac_flat.curvature.radius import (
     power_step,
     radius,
 )
-from kfac_flat.curvature.twin import CalledTwiceError, Conditions, Twin, quiet_hooks
+from kfac_flat.curvature.twin import BACKPACK, CalledTwiceError, Conditions, Twin, quiet_hooks
 from kfac_flat.structure import Kept
 
 # Power steps on the very first batch, from random vectors; afterwards one per batch tracks the moving eigenvectors.
@@ -87,8 +88,8 @@ class RadiusTracker:
         self._exact = exact
         self._seed = seed
         self._twin: Twin | None = None
-        self._host_radii = HostCopy()
-        self.names = list(names)
+        self._host_radii, self._host_names = HostCopy(), list[str]()
+        self.names, self._order = list(names), list(names)
         self.skipped: dict[str, str] = {}
         self.eigenvectors: dict[str, Eigenvectors] = {}
         self.radii: dict[str, Tensor] = {}
@@ -97,7 +98,7 @@ class RadiusTracker:
         """Return rho as last seen, a scalar; None before the first batch."""
         if not self.radii:
             return None
-        radii = torch.stack(list(self.radii.values()))
+        radii = torch.stack([r.double() for r in self.radii.values()])
         return radii.max() if self._reduction == "max" else radii.sum()
 
     def measure(
@@ -109,9 +110,9 @@ class RadiusTracker:
         steps: int = _FIRST_STEPS,
     ) -> None:
         """Bring eigenvectors and radii up to date on a batch, with several power steps and no gradient of rho."""
-        for name, data in self._read(args, kwargs, loss, conditions, create_graph=False).items():
-            self._update(name, data, steps)
-        self._publish()
+        seen = self._read(args, kwargs, loss, conditions, create_graph=False)
+        vectors = {name: self._next_vectors(name, data, steps) for name, data in seen.items()}
+        self._publish(vectors, {name: radius(data, vectors[name]) for name, data in seen.items()})
 
     def gradient(
         self,
@@ -133,24 +134,23 @@ class RadiusTracker:
         Raises:
             RuntimeError: if the loss depends on none of the layers.
         """
-        if not self.radii:
+        if not self._host_names:
             self.measure(args, kwargs, loss, conditions)
         seen = self._read(args, kwargs, loss, conditions, create_graph=True)
         active = self._active(seen)
-        terms: dict[str, Tensor] = {}
-        input_masks: dict[str, Tensor] = {}
-        for name, data in seen.items():
-            rho_l = self._update(name, data if name in active else data.detach(), steps=1)
-            if name in active:
-                terms[name] = rho_l
-                input_masks[name] = input_mask_gradient(data, self.eigenvectors[name])
-        rho = torch.stack(list(terms.values())).sum()
-        self._publish()
-        gradients: list[Tensor | None] = [None] * len(parameters)
-        if rho.requires_grad:
-            with quiet_hooks():
-                gradients = list(torch.autograd.grad(rho, parameters, allow_unused=True))
-        return RadiusGradient(rho.detach(), gradients, input_masks)
+        vectors = {name: self._next_vectors(name, data, steps=1) for name, data in seen.items()}
+        radii = {n: radius(data if n in active else data.detach(), vectors[n]) for n, data in seen.items()}
+        rho = torch.stack([radii[name] for name in active]).sum()
+        try:
+            gradients = _differentiate(rho, parameters)
+        except RuntimeError as error:
+            if "derivative" not in str(error) or "not implemented" not in str(error):
+                raise
+            self._leave_out(active, f"something behind it has no second derivative: {error}")
+            return self.gradient(args, kwargs, loss, parameters, conditions)
+        self._publish(vectors, radii)
+        masks = {name: input_mask_gradient(seen[name], vectors[name]) for name in active}
+        return RadiusGradient(rho.detach(), gradients, masks)
 
     def selected(self, kept: Mapping[str, Kept]) -> dict[str, Eigenvectors]:
         """Eigenvectors as they will be after a cut that is still to come."""
@@ -161,7 +161,7 @@ class RadiusTracker:
 
     def reset(self) -> None:
         """Forget everything seen."""
-        self.eigenvectors, self.radii = {}, {}
+        self.eigenvectors, self.radii, self._host_names = {}, {}, []
 
     def state_dict(self) -> dict[str, Any]:
         """Eigenvectors and radii as plain tensors."""
@@ -177,10 +177,9 @@ class RadiusTracker:
             ValueError: if a layer is unknown or has another shape.
         """
         for name, v in state["eigenvectors"].items():
-            if name not in self.names:
+            if name not in self._order:
                 raise ValueError(f"the checkpoint follows a layer {name!r} that this optimizer does not")
-            expected = Eigenvectors.random(self._layer(name), torch.Generator())
-            if v["A"].shape != expected.A.shape or v["G"].shape != expected.G.shape:
+            if not Eigenvectors(v["A"], v["G"]).fits(self._layer(name)):
                 raise ValueError(
                     f"layer {name!r} has another shape than in the checkpoint: "
                     "load the pruner's state into the dense model first, then the optimizer's"
@@ -189,13 +188,11 @@ class RadiusTracker:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         device = next(self._model.parameters()).device
-        self.eigenvectors = {
+        vectors = {
             name: Eigenvectors(v["A"].to(device, copy=True), v["G"].to(device, copy=True))
             for name, v in state["eigenvectors"].items()
         }
-        self.radii = {name: r.to(device, copy=True) for name, r in state["radii"].items()}
-        if self.radii:
-            self._publish()
+        self._publish(vectors, {name: r.to(device, copy=True) for name, r in state["radii"].items()})
 
     def _layer(self, name: str) -> Layer:
         return self._model.get_submodule(name)  # type: ignore[return-value]
@@ -215,10 +212,14 @@ class RadiusTracker:
         try:
             seen = self._twin.read(args, kwargs, loss, create_graph=create_graph, conditions=conditions)
         except CalledTwiceError as error:
-            name = next(name for name, layer in self._twin.layers.items() if layer is error.layer)
-            self.skipped[name] = str(error)
-            self.names.remove(name)
-            self._twin = None
+            names = [name for name, layer in self._twin.layers.items() if layer is error.layer]
+            self._leave_out(names, str(error))
+            return self._read(args, kwargs, loss, conditions, create_graph=create_graph)
+        unbatched = [
+            name for name, data in seen.items() if data.a.dim() < (4 if isinstance(data.layer, nn.Conv2d) else 2)
+        ]
+        if unbatched:
+            self._leave_out(unbatched, "called without an axis of examples")
             return self._read(args, kwargs, loss, conditions, create_graph=create_graph)
         if not seen:
             skipped = "".join(f"; {name} is {reason}" for name, reason in self.skipped.items())
@@ -228,32 +229,57 @@ class RadiusTracker:
             )
         return seen
 
+    def _leave_out(self, names: Iterable[str], reason: str) -> None:
+        """Follow these layers no longer."""
+        for name in names:
+            self.skipped[name] = reason
+            self.names.remove(name)
+            self.eigenvectors.pop(name, None)
+            self.radii.pop(name, None)
+        self._twin = None
+
     def _active(self, seen: Iterable[str]) -> set[str]:
         """Layers that rho depends on, as known from the batch before."""
         if self._reduction == "sum":
             return set(seen)
         known = self._host_radii.get()
-        assert known is not None  # measure() has published by now
-        radii = dict(zip(self.radii, known.tolist(), strict=True))
-        return {max(seen, key=lambda name: radii.get(name, 0.0))}
+        radii = {} if known is None else dict(zip(self._host_names, known.tolist(), strict=True))
+        known_radii = {name: value for name, value in radii.items() if not math.isnan(value)}
+        return {max(seen, key=lambda name: known_radii.get(name, 0.0))}
 
-    def _update(self, name: str, data: LayerData, steps: int) -> Tensor:
-        """Move a layer's eigenvectors to this batch's; returns rho_l with the graph that the data have."""
+    def _next_vectors(self, name: str, data: LayerData, steps: int) -> Eigenvectors:
+        """Return a layer's eigenvectors for this batch; those kept stay as they are until all is known to go well."""
         if self._exact:
-            v = exact_eigenvectors(data)
-        else:
-            v = self.eigenvectors.get(name) or Eigenvectors.random(data.layer, self._start(name))
-            for _ in range(steps):
-                v = power_step(data, v)
-        rho_l = radius(data, v)
-        self.eigenvectors[name] = v
-        seen = rho_l.detach()
-        self.radii[name] = torch.where(seen.isfinite(), seen, self.radii.get(name, torch.zeros_like(seen)))
-        return rho_l
+            return exact_eigenvectors(data)
+        kept = self.eigenvectors.get(name)
+        start = (
+            kept if kept is not None and kept.fits(data.layer) else Eigenvectors.random(data.layer, self._seed_of(name))
+        )
+        v = start.to(data.a)
+        for _ in range(steps):
+            v = power_step(data, v)
+        return v
 
-    def _start(self, name: str) -> torch.Generator:
+    def _seed_of(self, name: str) -> torch.Generator:
         """Seed a layer's starting vectors by its place, so that they do not depend on which layers came first."""
-        return torch.Generator().manual_seed(self._seed + self.names.index(name))
+        return torch.Generator().manual_seed(self._seed + self._order.index(name))
 
-    def _publish(self) -> None:
-        self._host_radii.put(torch.stack(list(self.radii.values())))
+    def _publish(self, vectors: Mapping[str, Eigenvectors], radii: Mapping[str, Tensor]) -> None:
+        """Take over what a batch has shown, all at once; radii that are not finite stay as they were."""
+        self.eigenvectors = {**self.eigenvectors, **vectors}
+        before, self.radii = self.radii, {}  # what was not read this time is no part of rho
+        for name, rho_l in radii.items():
+            seen = rho_l.detach()
+            known = before[name].to(seen) if name in before else torch.full_like(seen, math.nan)
+            self.radii[name] = torch.where(seen.isfinite(), seen, known)
+        if self.radii:
+            self._host_names = list(self.radii)
+            self._host_radii.put(torch.stack([r.double() for r in self.radii.values()]))
+
+
+def _differentiate(rho: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Return d rho / d p for each parameter, None where rho does not depend on it."""
+    if not rho.requires_grad:
+        return [None] * len(parameters)
+    with BACKPACK, quiet_hooks():
+        return list(torch.autograd.grad(rho, parameters, allow_unused=True))

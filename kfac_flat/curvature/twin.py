@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
+import threading
+import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -23,7 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kfac_flat.curvature.extension import LayerDataExtension
 from kfac_flat.curvature.layers import Layer, is_layer
 from kfac_flat.curvature.radius import LayerData
+from kfac_flat.nested import map_tensors
 from kfac_flat.structure import structural_copy
+
+# BackPACK keeps what is active in a global place, so one backward pass over twins at a time.
+BACKPACK = threading.RLock()
 
 Conditions: TypeAlias = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -86,6 +92,18 @@ class Twin:
         Raises:
             CalledTwiceError: if a layer is used more than once.
         """
+        args, kwargs = map_tensors(torch.clone, (args, dict(kwargs)))  # the model may work in place
+        with BACKPACK:
+            return self._read(args, kwargs, loss, create_graph, conditions)
+
+    def _read(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        loss: Callable[[Any], Tensor],
+        create_graph: bool,
+        conditions: Conditions,
+    ) -> dict[str, LayerData]:
         self._follow()
         try:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
@@ -113,7 +131,9 @@ class Twin:
         """Take over flags and settings that may have changed since, and the values of the buffers."""
         for original, twin in self._pairs:
             own = vars(twin)
-            own.update((key, value) for key, value in vars(original).items() if type(value) in (bool, int, float, str))
+            settings = {key: value for key, value in vars(original).items() if _is_setting(value)}
+            settings.pop("_compiled_call_impl", None)  # what Module.compile() made runs the original
+            own.update(settings)
             if "inplace" in own:
                 twin.inplace = False  # type: ignore[assignment]  # BackPACK's hooks forbid in-place ops on a layer's output
             own.update(
@@ -167,6 +187,8 @@ def layer_names(model: nn.Module, only: Iterable[str | type[nn.Module]] | None =
         )
     if only is None:
         return list(layers)
+    if isinstance(only, (str, type)):
+        raise ValueError(f"layers={only!r} must be a collection of names and classes, such as [{only!r}]")
     chosen: set[str] = set()
     for choice in only:
         matches = {name for name, module in layers.items() if _matches(name, module, choice)}
@@ -176,12 +198,32 @@ def layer_names(model: nn.Module, only: Iterable[str | type[nn.Module]] | None =
     return [name for name in layers if name in chosen]
 
 
+def unread_modules(model: nn.Module) -> dict[str, str]:
+    """Modules with a weight matrix whose curvature is not read, by name, and why."""
+    unread: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            unread[name] = "MultiheadAttention uses its weights without calling the layers that hold them"
+            unread[f"{name}.out_proj"] = unread[name]
+        elif not is_layer(module) and any(p is not None and p.dim() > 1 for p in module._parameters.values()):
+            unread[name] = f"{type(module).__name__} has no rule: only Linear and Conv2d are read"
+    return unread
+
+
 def _matches(name: str, module: nn.Module, choice: str | type[nn.Module]) -> bool:
     return fnmatch.fnmatchcase(name, choice) if isinstance(choice, str) else isinstance(module, choice)
 
 
 def _fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Identity and shape of parameters; kind of buffers, whose values are copied anyway."""
+    """Identity of modules, identity and shape of parameters; kind of buffers, whose values are copied anyway."""
     parameters = [(id(p), p.shape, p.device, p.dtype) for p in model.parameters()]
     buffers = [(b.shape, b.device, b.dtype) for b in model.buffers()]
-    return [*parameters, *buffers]
+    modules = [(id(m), type(m)) for m in model.modules()]
+    return [*parameters, *buffers, *modules]
+
+
+def _is_setting(value: Any) -> bool:
+    """Tell whether an attribute is plain: a number, a word, a function, or a tuple of these."""
+    if isinstance(value, tuple):
+        return all(_is_setting(item) for item in value)
+    return type(value) in (bool, int, float, str, types.FunctionType, types.BuiltinFunctionType)

@@ -66,6 +66,7 @@ class NeuronGraph:
         model: The model, free of wrappers. It is not changed, and not run but for submodules that cannot be traced.
         example_inputs: What it is called with; values do not matter.
         ignore: Modules whose neurons stay, by name, with the reason.
+        whole: Modules whose parameters stay as they are, by name, with the reason.
 
     Attributes:
         channels: The groups of every module that has channels, by name.
@@ -78,11 +79,17 @@ class NeuronGraph:
         ValueError: if the model cannot be traced or does not run on the example inputs.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, ignore: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        ignore: Mapping[str, str] | None = None,
+        whole: Mapping[str, str] | None = None,
+    ) -> None:
         self._inputs = ExampleInputs.of(example_inputs)
         self._bare = skeleton(model)
         self._programs = trace(model, self._bare, rules.has_channels)
-        self._ignore = dict(ignore or {})
+        self._ignore, self._whole = dict(ignore or {}), dict(whole or {})
         self._stuck: dict[Place, str] = {}  # operations that no rule gets right, found by trial
         self._numbers: dict[Place, Any] = {}  # what operations compute with, in the dense model
         self.channels, self.frozen = self._group()
@@ -136,13 +143,13 @@ class NeuronGraph:
 
     def _group(self) -> tuple[dict[str, Channels], dict[str, str]]:
         """Collect who goes with whom."""
-        table = _Grouping(self._bare)
+        table = _Grouping(self._bare, self._whole)
         for program in self._programs.values():
             try:
                 self._numbers.update(self._run(self._bare, program, table))
             except FailedAtError as error:
                 raise ValueError(
-                    f"the model does not run on example_inputs: {error}. Give what the model is called with: a tensor, "
+                    f"the model does not run on example_inputs: {error} Give what the model is called with: a tensor, "
                     "a tuple of positional or a dict of keyword arguments"
                 ) from error
         for name, reason in self._ignore.items():
@@ -169,12 +176,12 @@ class NeuronGraph:
 class _Grouping(rules.Table):
     """Hands out ids and collects who is tied to whom."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, whole: Mapping[str, str]) -> None:
         self._model = model
         self._next = FIXED + 1
         self._ties: list[Tensor] = []
         self._reasons: dict[int, str] = {FIXED: "goes together with what is no neuron"}
-        self._pinned: dict[str, str] = {}
+        self._pinned = dict(whole)
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
 

@@ -100,7 +100,11 @@ class Saliency:
 
     def state_dict(self) -> dict[str, object]:
         """Plain tensors and names."""
-        return {"total": self.total, "steps": self.steps, "without_gradient": sorted(self._without_gradient)}
+        return {
+            "total": self.total.clone(),
+            "steps": self.steps.clone(),
+            "without_gradient": sorted(self._without_gradient),
+        }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Restore what :meth:`state_dict` gave for the same groups."""

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kfac_flat.pruning import rules
 from kfac_flat.pruning.budget import Groups, Schedule
+from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without, without
 from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.saliency import Saliency
@@ -48,7 +50,7 @@ class NeuronPruner:
         target: Share of the neurons to remove in the end, in (0, 1).
         start: Epochs of training before the first removal.
         every: Epochs from one removal to the next.
-        events: Number of removals, of equal size.
+        events: Number of removals, of equal size; the last comes at the end of epoch ``start + (events - 1) * every``.
         min_neurons: Neurons that each layer keeps at least.
         round_to: Leave layers that are cut at a multiple of this width; None for any.
         ignore: Layers whose neurons stay: names (shell patterns allowed) or classes.
@@ -92,7 +94,9 @@ class NeuronPruner:
         self._model, self._optimizer = unwrap(model), optimizer
         _check_shared(self._model, optimizer)
         self._target, self._min_neurons, self._round_to = target, min_neurons, round_to or 1
-        self._graph = NeuronGraph(self._model, example_inputs, _ignored(self._model, ignore))
+        self._graph = NeuronGraph(
+            self._model, example_inputs, _ignored(self._model, ignore), _trained_elsewhere(self._model, optimizer)
+        )
         self._channels = self._graph.channels
         self._kept = {n: (torch.arange(len(c.inputs)), torch.arange(len(c.outputs))) for n, c in self._channels.items()}
         self._size = self._measure(self._model, self._channels)
@@ -101,8 +105,16 @@ class NeuronPruner:
         self.history: list[PruneReport] = []
         self._restart()
         self._check_reachable()
-        handle = optimizer.register_step_pre_hook(_recording_hook(self))
+        self._attach()
+
+    def _attach(self) -> None:
+        """Listen to the optimizer's steps."""
+        handle = self._optimizer.register_step_pre_hook(_recording_hook(self))
         weakref.finalize(self, handle.remove)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._attach()  # a copied optimizer has no hooks
 
     # ---------------------------------------------------------------- reading
 
@@ -140,7 +152,8 @@ class NeuronPruner:
             CutError: if the cut cannot be made; model, optimizer and pruner are as they were before the call.
         """
         epoch = self._epoch + 1
-        scores = self._saliency.scores()
+        self._check_known()
+        scores = self._scores()
         if self.finished:
             report = self._report(epoch, reason=_FINISHED)
         elif not self._schedule.is_due(epoch):
@@ -160,10 +173,15 @@ class NeuronPruner:
 
     def plan(self) -> PruneReport:
         """Tell what the next removal would do if it came now; nothing changes."""
-        scores = self._saliency.scores()
+        self._check_known()
+        scores = self._scores()
         if self.finished or scores is None:
             return self._report(self._epoch, reason=_FINISHED if self.finished else _UNSCORED)
         return self._choose(self._epoch, scores)[0]
+
+    def _scores(self) -> list[float] | None:
+        """Effect of removing each group, in the order of ``self._groups``; None while nothing is known of it."""
+        return self._saliency.scores()
 
     def _choose(self, epoch: int, scores: list[float]) -> tuple[PruneReport, Tensor]:
         """Choose the groups that go with the next event, and prove on a skeleton that the model can do without them."""
@@ -197,11 +215,27 @@ class NeuronPruner:
         consumers = {name: self._model.get_submodule(name) for name in self._graph.consumers}
         self._saliency = Saliency(consumers, {n: self._channels[n].inputs for n in consumers}, self._groups.ids)
 
+    def _knows_the_model(self) -> bool:
+        """Tell whether the model's layers are as wide as this pruner left them."""
+        return all(
+            rules.channel_counts(self._model.get_submodule(name)) == (len(c.inputs), len(c.outputs))
+            for name, c in self._channels.items()
+        )
+
+    def _check_known(self) -> None:
+        if not self._knows_the_model():
+            raise CutError(
+                "the model's layers have been changed by something else, such as a second NeuronPruner: "
+                "make a new pruner for the model as it is now"
+            )
+
     def _groups_of(self, channels: Mapping[str, Channels]) -> Groups:
         return Groups.of({name: channels[name].outputs for name in self._graph.hidden})
 
     def _record(self, stepping: Optimizer) -> None:
         """Score a step that ``stepping`` is about to make, on the gradients it is made with."""
+        if not self._knows_the_model():
+            return  # step() will say so
         optimizer = self._optimizer
         direct = optimizer.input_mask_gradients() if isinstance(optimizer, PenalisingOptimizer) else {}
         # A fused optimizer under a GradScaler divides by the scale itself, inside its step.
@@ -287,7 +321,7 @@ class NeuronPruner:
         Load the model's and the optimizer's own state dicts afterwards.
 
         Raises:
-            ValueError: if the state belongs to another model, or this one has been cut already; nothing has changed.
+            ValueError: if the state belongs to another model, or keeps what this one has lost; nothing has changed.
         """
         missing = [key for key in ("layers", "epoch", "event", "saliency") if key not in state_dict]
         if missing:
@@ -372,6 +406,16 @@ def _ignored(model: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> dict[
     return found
 
 
+def _trained_elsewhere(model: nn.Module, optimizer: Optimizer) -> dict[str, str]:
+    """Names of modules with trainable parameters that this optimizer does not hold, whose state would stay behind."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {
+        name: "has trainable parameters that are not the optimizer's"
+        for name, module in model.named_modules()
+        if any(p is not None and p.requires_grad and id(p) not in held for p in module._parameters.values())
+    }
+
+
 def _check_options(model: Any, optimizer: Any, target: float, min_neurons: int, round_to: int | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -388,6 +432,9 @@ def _check_options(model: Any, optimizer: Any, target: float, min_neurons: int, 
 
 
 def _check_shared(model: nn.Module, optimizer: Optimizer) -> None:
+    wrapper = getattr(optimizer, "_kfac_flat", None)
+    if wrapper is not None and wrapper() is not None:
+        raise ValueError("give NeuronPruner the FlatKFAC itself, not the optimizer that it wraps")
     of_model = {id(p) for p in model.parameters()}
     if not any(id(p) in of_model for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(

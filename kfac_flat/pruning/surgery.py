@@ -238,6 +238,8 @@ def shrink(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
             raise CutError(f"{name} ({type(modules[name]).__name__}) has no channels, but the manifest cuts it")
         inputs, outputs = rules.channel_counts(modules[name])
         for what, positions, size in (("input", keep.inputs, inputs), ("output", keep.outputs, outputs)):
+            if positions.dtype != torch.int64 or (positions.diff() <= 0).any() or (positions < 0).any():
+                raise CutError(f"the manifest's {what} channels of {name} are no ascending int64 positions")
             if len(positions) and int(positions.max()) >= size:
                 raise CutError(
                     f"{name} has {size} {what} channels, fewer than the manifest keeps: is it the dense model?"

@@ -67,6 +67,52 @@ def test_a_new_process_finds_the_accuracy_that_was_saved(printed, folder):
     assert f"test accuracy {accuracy} %, saved with {accuracy} %" in loaded
 
 
+def test_loading_measures_and_does_not_quote(printed, folder):
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint["accuracy"] = 12.34
+    checkpoint["model"]["head.weight"].zero_()
+    torch.save(checkpoint, folder / "spoilt.pt")
+    loaded = command("--load", folder / "spoilt.pt")
+    assert "saved with 12.34 %" in loaded
+    assert float(re.search(r"test accuracy ([\d.]+) %", loaded)[1]) < 30
+
+
+def test_the_row_of_hgnp_is_that_of_the_saved_network(printed, folder):
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    model = kfac_flat.shrink(digits.DigitsNet(checkpoint["width"]), checkpoint["pruner"])
+    model.load_state_dict(checkpoint["model"])
+    test_set = digits.load_data("cpu")[1]
+    row = re.search(r"^ *HGNP +([\d.]+) % +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+) +([\d.]+)", printed, re.MULTILINE)
+    accuracy, _, parameters, macs, rho, _ = (float(number.replace(",", "")) for number in row.groups())
+    assert accuracy == round(digits.accuracy(model, test_set), 2)
+    assert parameters == sum(p.numel() for p in model.parameters())
+    widths = [m.out_channels for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert parameters < macs < 64 * max(widths) ** 2 * 9 * len(widths)
+    assert rho == pytest.approx(max(kfac_flat.spectral_radii(model.eval(), test_set.images).values()), rel=0.02)
+
+
+def test_hgnp_trains_with_the_penalty_and_the_others_without(monkeypatch):
+    seen = []
+
+    class Watched(kfac_flat.FlatKFAC):
+        def __init__(self, optimizer, model, *, mu):
+            seen.append(mu)
+            super().__init__(optimizer, model, mu=mu)
+
+    monkeypatch.setattr(digits, "FlatKFAC", Watched)
+    train_set, test_set = digits.load_data("cpu")
+    settings = digits.Settings(epochs=2, width=4)
+    for method in (digits.Method("dense"), digits.Method("HGNP", 0.5, 0.5), digits.Method("mu = 0", 0.0, 0.5)):
+        digits.train(method, settings, train_set, test_set, lambda epoch: None)
+    assert seen == [0.5]
+
+
+def test_several_seeds_give_a_spread(tmp_path):
+    printed = command("--epochs", 2, "--width", 6, "--target", 0.5, "--seeds", 2, "--out", tmp_path)
+    spread = re.search(r"^ *dense SGD +([\d.]+) ± ([\d.]+) %", printed, re.MULTILINE)
+    assert float(spread[2]) > 0
+
+
 def test_the_checkpoint_is_plain_and_small(printed, folder):
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     model = kfac_flat.shrink(digits.DigitsNet(checkpoint["width"]), checkpoint["pruner"])
@@ -83,7 +129,7 @@ def test_help_names_the_options(capsys):
         assert option in text
 
 
-@pytest.mark.parametrize("wrong", [["--target", "1.5"], ["--epochs", "1"], ["--seeds", "0"]])
+@pytest.mark.parametrize("wrong", [["--target", "1.5"], ["--epochs", "1"], ["--seeds", "0"], ["--mu", "-1"]])
 def test_impossible_options_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as exit_:
         digits.main(wrong)

@@ -138,7 +138,8 @@ PENALISED = ("mlp", "cnn_flatten", "residual", "grouped", "depthwise_separable",
 def test_theta_with_the_penalty_is_the_gradient_of_the_whole_objective(name: str, reduction: str) -> None:
     criterion = nn.CrossEntropyLoss()
     model, x, optimizer, pruner = build(name, criterion=criterion, reduction=reduction)
-    weights_alone = NeuronPruner(model, optimizer.base, x, target=0.1)  # knows of no direct dependence of rho on masks
+    weights_alone = NeuronPruner(model, optimizer, x, target=0.1)
+    weights_alone._optimizer = optimizer.base  # and so it knows of no direct dependence of rho on masks
     masked = Masked(model)
     losses = F.cross_entropy(masked.model(x), targets(x), reduction="none")
     masks = list(masked.masks.values())

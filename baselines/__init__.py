@@ -1,0 +1,5 @@
+"""Methods that kfac_flat is compared with, on the same interface: each prunes or wraps as its counterpart does."""
+
+from baselines.magnitude import MagnitudePruner
+
+__all__ = ["MagnitudePruner"]

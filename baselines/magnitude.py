@@ -1,0 +1,41 @@
+"""Magnitude pruning: the neurons with the smallest weights go first [Li et al., arXiv 1608.08710]."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kfac_flat import NeuronPruner
+from kfac_flat.pruning import rules
+
+
+class MagnitudePruner(NeuronPruner):
+    """Score a group of neurons by the L2 norm of the weights that produce it; all else is as in NeuronPruner.
+
+    Weights of layers differ in scale, so each neuron's norm is taken relative to the mean norm in its layer; a group
+    that ties several neurons scores their sum, which the budget divides by their number.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> pruner = MagnitudePruner(model, optimizer, torch.randn(1, 4), target=0.5, start=1, every=1, events=1)
+        >>> pruner.step().widths_after
+        {'0': 4, '2': 3}
+    """
+
+    def _scores(self) -> list[float]:
+        ids = self._groups.ids
+        total = torch.zeros(len(ids) + 1)
+        for name in self._graph.hidden:
+            groups = self._channels[name].outputs
+            slots = torch.where(torch.isin(groups, ids), torch.searchsorted(ids, groups), len(ids))
+            total.index_add_(0, slots, relative_norms(self._model.get_submodule(name)))
+        return total[:-1].tolist()
+
+
+def relative_norms(module: nn.Module) -> Tensor:
+    """Norm of the weights of each output channel, ``[C_out]`` on the CPU, relative to their mean."""
+    weight: Tensor = module.weight.detach().cpu().float()
+    per_output = weight.transpose(0, 1) if isinstance(module, rules.TRANSPOSED) else weight
+    norms = per_output.flatten(1).norm(dim=1)
+    return norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)

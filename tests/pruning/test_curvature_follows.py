@@ -1,0 +1,134 @@
+"""What a cut leaves of FlatKFAC's own state: exactly what the manifest keeps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kfac_flat import CutError, FlatKFAC, NeuronPruner
+from tests.pruning.nets import CASES
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn_flatten", "residual", "grouped", "depthwise_multiplier"])
+def test_a_cut_keeps_of_the_curvature_what_the_manifest_keeps(name: str) -> None:
+    model, x = CASES[name].build()
+    y = torch.arange(len(x)) % 3
+    dense = copy.deepcopy(model)
+    optimizer = FlatKFAC(torch.optim.SGD(model.parameters(), lr=0.01), model, mu=0.1, every=100, reduction="sum")
+    pruner = NeuronPruner(model, optimizer, x, target=0.5, start=1, every=1, events=2)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    step()
+    before = copy.deepcopy(optimizer.state_dict()["kfac_flat"])
+    names = [n for n, _ in model.named_parameters()]
+    for _ in range(2):
+        assert pruner.step()
+        after, layers = optimizer.state_dict()["kfac_flat"], pruner.state_dict()["layers"]
+        for i, g in before["penalty"].items():
+            owner = names[i].rpartition(".")[0]
+            expected = g[layers[owner]["out"]]
+            if g.dim() > 1 and not (g.shape[1] == 1 and getattr(dense.get_submodule(owner), "groups", 1) > 1):
+                columns = layers[owner]["in"]
+                expected = expected[:, columns[columns < g.shape[1]]]
+            assert torch.equal(after["penalty"][i], expected)
+        for layer, term in before["mask_terms"].items():
+            assert torch.equal(after["mask_terms"][layer], term[layers[layer]["in"]])
+        assert after["mask_terms"].keys() == before["mask_terms"].keys()
+        for layer, v in before["eigenvectors"].items():
+            area = dense.get_submodule(layer).weight[0, 0].numel()
+            kept = {"A": v["A"].reshape(-1, area)[layers[layer]["in"]], "G": v["G"].reshape(-1)[layers[layer]["out"]]}
+            for factor, vector in after["eigenvectors"][layer].items():
+                expected = kept[factor].reshape(vector.shape)
+                assert torch.allclose(vector, expected / expected.norm(dim=-1, keepdim=True))
+        step()
+
+
+def test_an_optimizer_wrapped_after_the_pruner_was_made_goes_on_after_a_cut() -> None:
+    model, x = CASES["mlp"].build()
+    y = torch.arange(len(x)) % 3
+    base = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruner = NeuronPruner(model, base, x, target=0.5, start=1, every=1, events=1)
+    optimizer = FlatKFAC(base, model, mu=0.1, every=2)
+    for i in range(6):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert i != 2 or pruner.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_what_flatkfac_wraps_is_refused() -> None:
+    model, x = CASES["mlp"].build()
+    optimizer = FlatKFAC(torch.optim.SGD(model.parameters(), lr=0.01), model)
+    with pytest.raises(ValueError, match="give NeuronPruner the FlatKFAC itself"):
+        NeuronPruner(model, optimizer.base, x, target=0.5)
+
+
+def test_of_two_pruners_the_one_that_did_not_cut_says_that_it_is_out_of_date_and_training_goes_on() -> None:
+    model, x = CASES["mlp"].build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    first, second = (NeuronPruner(model, optimizer, x, target=0.5, start=1, every=1, events=2) for _ in range(2))
+    for i in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.arange(len(x)) % 3).backward()
+        optimizer.step()
+        if i == 0:
+            assert first.step()
+    with pytest.raises(CutError, match="have been changed by something else"):
+        second.step()
+    assert first.step()
+
+
+def test_layers_that_another_optimizer_trains_stay_whole() -> None:
+    sizes = [(6, 8), (8, 8), (8, 8), (8, 3)]
+    model = nn.Sequential(*(module for size in sizes for module in (nn.Linear(*size), nn.ReLU())))[:-1]
+    other = torch.optim.Adam(model[2].parameters())
+    own = torch.optim.SGD([p for i in (0, 4, 6) for p in model[i].parameters()], lr=0.1, momentum=0.9)
+    pruner = NeuronPruner(model, own, torch.randn(2, 6), target=0.2, start=1, every=1, events=1)
+    assert {"0", "2"} <= pruner.frozen.keys()
+    for i in range(4):
+        own.zero_grad()
+        other.zero_grad()
+        model(torch.randn(5, 6)).square().mean().backward()
+        own.step()
+        other.step()
+        assert i != 1 or pruner.step()
+    assert pruner.widths["0"] == pruner.widths["2"] == 8
+    assert pruner.widths["4"] < 8
+
+
+def test_a_copied_pruner_scores_its_own_model() -> None:
+    model, x = CASES["mlp"].build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    pruner = NeuronPruner(model, optimizer, x, target=0.5, start=1, every=1, events=1)
+    model2, optimizer2, pruner2 = copy.deepcopy((model, optimizer, pruner))
+    F.cross_entropy(model2(x), torch.arange(len(x)) % 3).backward()
+    optimizer2.step()
+    assert pruner2.step()
+    assert not pruner.step()
+    assert model[0].weight.shape != model2[0].weight.shape
+
+
+@pytest.mark.parametrize("how", ["torch.compile", "Module.compile"])
+def test_a_model_compiled_behind_the_librarys_back_is_cut_and_trains_on(how: str) -> None:
+    model, x = CASES["residual"].build()
+    called = torch.compile(model, backend="eager") if how == "torch.compile" else model
+    if how == "Module.compile":
+        model.compile(backend="eager")
+    optimizer = FlatKFAC(torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9), model, mu=0.1, every=1)
+    pruner = NeuronPruner(model, optimizer, x, target=0.5, start=1, every=1, events=1)
+    for i in range(6):
+        optimizer.zero_grad()
+        F.cross_entropy(called(x), torch.arange(len(x)) % 3).backward()
+        optimizer.step()
+        assert i != 2 or pruner.step()
+    assert optimizer.rho > 0
+    torch.compiler.reset()
