@@ -401,9 +401,20 @@ class FlatKFAC(Optimizer):
                 'fisher="empirical", call criterion(model(x), y) on the same batch'
             )
         args, kwargs = call.first(examples)
-        kwargs.pop("input", None)  # the model's output, by position or by name
+        seen = kwargs.pop("input", args[0] if args else None)  # the model's output, by name or by position
         factor = examples if reduction == "mean" else 1
-        return lambda output: criterion.forward(output, *args[1:], **kwargs).sum() * factor
+
+        def loss(output: Any) -> Tensor:
+            if getattr(output, "shape", None) != getattr(seen, "shape", ()):
+                raise ValueError(
+                    "the criterion was called on something else than the model's output, of shape "
+                    f"{list(getattr(seen, 'shape', ()))} and not {list(getattr(output, 'shape', ()))}: "
+                    "put what lies between into the model or into the criterion"
+                )
+            result: Tensor = criterion.forward(output, *args[1:], **kwargs).sum() * factor
+            return result
+
+        return loss
 
     def _label_generator(self) -> torch.Generator:
         device = next(self._inner.parameters()).device

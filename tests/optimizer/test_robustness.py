@@ -238,3 +238,28 @@ def test_a_batch_of_one_example_and_a_schedule_out_of_range() -> None:
     optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, mu=lambda step: -1.0)
     with pytest.raises(ValueError, match=r"must be numbers >= 0.*returned -1\.0"):
         step(model, optimizer)
+
+
+def test_a_criterion_called_on_another_shape_than_the_models_output_is_refused() -> None:
+    model, criterion = nn.Linear(4, 1), nn.MSELoss()
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, fisher="empirical", criterion=criterion)
+    criterion(model(torch.randn(6, 4)).squeeze(1), torch.randn(6)).backward()
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match="put what lies between into the model or into the criterion"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+
+
+def test_a_single_output_is_no_categorical_distribution() -> None:
+    model = nn.Linear(4, 1)
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model)
+    model(torch.randn(6, 4)).square().mean().backward()
+    with pytest.raises(ValueError, match=r'likelihood="bernoulli".*likelihood="gaussian"'):
+        optimizer.step()
+
+
+def test_layers_whose_curvature_is_not_read_are_named() -> None:
+    layers = {"one": nn.Conv1d(2, 3, 1), "two": nn.MultiheadAttention(4, 2), "three": nn.Embedding(5, 4)}
+    model = nn.ModuleDict({**layers, "four": nn.Linear(4, 3)})
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model)
+    assert set(optimizer.skipped_layers) == {"one", "two", "two.out_proj", "three"}

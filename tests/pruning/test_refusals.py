@@ -385,3 +385,33 @@ def test_the_model_is_not_run_and_not_changed_by_building_a_pruner() -> None:
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert [m.training for m in model.modules()] == training
     assert {name: set(vars(module)) for name, module in model.named_modules()} == keys
+
+
+def test_a_submodule_that_cannot_be_traced_is_run_on_a_copy_and_moves_nothing_of_the_users() -> None:
+    class Noisy(Branching):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.drop = nn.BatchNorm2d(8), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.drop(self.norm(x)))
+
+    model, inputs = Case(with_between(Noisy), images).build()
+    model.train()
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        pruner = pruner_for(model, inputs, target=0.2)
+    pruner.plan()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_an_auxiliary_head_of_train_mode_costs_nothing_when_the_model_is_used() -> None:
+    model, inputs = CASES["auxiliary_head"].build()
+    macs = pruner_for(model, inputs, target=0.1).size.macs
+    used: list[int] = []
+    for module in layers_of(model).values():
+        module.register_forward_hook(lambda m, _, y: used.append(m.weight[0].numel() * y[0].numel()))
+    model.eval()(inputs)
+    assert macs == sum(used)
