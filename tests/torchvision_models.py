@@ -1,0 +1,18 @@
+"""torchvision's models, also beside a torch for which its compiled operators were not built."""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from torchvision import models
+except RuntimeError as error:
+    if "torchvision::nms" not in str(error):
+        raise
+    # The models need none of the compiled operators, only that these have been declared.
+    LIBRARY = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from torchvision import models
+
+__all__ = ["models"]
