@@ -330,29 +330,32 @@ class FlatKFAC(Optimizer):
 
     def _rho_gradient(self, call: RecordedCall, parameters: list[nn.Parameter]) -> RadiusGradient:
         """Differentiate rho on the share of a batch that the options ask for, or on all of it where that cannot be."""
-        examples = max(min(2, call.batch_size), round(self._options.batch_fraction * call.batch_size))
-        if self._whole_batches:
-            examples = call.batch_size
-        sampled = self._criterion_calls is None
-        loss = self._sampled_loss if sampled else self._empirical_loss(call.batch_size, examples)
-        args, kwargs = call.first(examples)
+        size = call.batch_size
+        examples = size if self._whole_batches else max(min(2, size), round(self._options.batch_fraction * size))
         try:
-            return self._tracker.gradient(args, kwargs, loss, parameters, call.conditions)
+            return self._rho_gradient_on(call, parameters, examples)
         except (RuntimeError, ValueError, TypeError, LookupError) as error:
-            if examples >= call.batch_size or isinstance(error, torch.OutOfMemoryError):
+            if examples >= size or isinstance(error, torch.OutOfMemoryError):
                 raise
+            gradient = self._rho_gradient_on(call, parameters, size)
             self._whole_batches = True
-            gradient = self._rho_gradient(call, parameters)
             warnings.warn(
                 f"the model does not run on a part of its batch ({error}), so FlatKFAC takes whole batches from now "
                 "on; say so with batch_fraction=1",
-                stacklevel=7,
+                stacklevel=6,  # the line that called step()
             )
             return gradient
 
+    def _rho_gradient_on(self, call: RecordedCall, parameters: list[nn.Parameter], examples: int) -> RadiusGradient:
+        """Differentiate rho on the first examples of a batch."""
+        sampled = self._criterion_calls is None
+        loss = self._sampled_loss if sampled else self._empirical_loss(call.batch_size, examples)
+        args, kwargs = call.first(examples)
+        return self._tracker.gradient(args, kwargs, loss, parameters, call.conditions)
+
     def _count_skipped(self, finite: Tensor) -> None:
         """Count on the device; warn once the count has come back to the host."""
-        known = self._skipped_host.get()
+        known = self._skipped_host.peek()
         before = 0 if known is None else int(known)
         self._skipped = (~finite).long() + (0 if self._skipped is None else self._skipped)
         self._skipped_host.put(self._skipped)

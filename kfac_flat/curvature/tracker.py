@@ -70,6 +70,11 @@ class HostCopy:
             self._copied.synchronize()
         return self._value
 
+    def peek(self) -> Tensor | None:
+        """Return the last value put if it has arrived, without waiting for it."""
+        arrived = self._copied is None or self._copied.query()  # type: ignore[no-untyped-call]
+        return self._value if arrived else None
+
 
 class RadiusTracker:
     """Follows rho_l of a model's layers.
