@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from torch import library
 
 try:
     from torchvision import models
@@ -10,7 +10,7 @@ except RuntimeError as error:
     if "torchvision::nms" not in str(error):
         raise
     # The models need none of the compiled operators, only that these have been declared.
-    LIBRARY = torch.library.Library("torchvision", "DEF")
+    LIBRARY = library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from torchvision import models

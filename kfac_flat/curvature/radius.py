@@ -109,10 +109,15 @@ def eigenvalues(data: LayerData, v: Eigenvectors) -> tuple[Tensor, Tensor]:
     return lambda_A, lambda_G
 
 
+def group_radii(data: LayerData, v: Eigenvectors) -> Tensor:
+    """Radius of each of the layer's blocks, ``[groups]``, differentiable in ``a`` and ``g``; rho_l is the largest."""
+    lambda_A, lambda_G = eigenvalues(data, v)
+    return lambda_A * lambda_G
+
+
 def radius(data: LayerData, v: Eigenvectors) -> Tensor:
     """rho_l, a scalar differentiable in ``a`` and ``g``: the largest over the layer's groups."""
-    lambda_A, lambda_G = eigenvalues(data, v)
-    return (lambda_A * lambda_G).max()
+    return group_radii(data, v).max()
 
 
 def power_step(data: LayerData, v: Eigenvectors) -> Eigenvectors:
@@ -140,21 +145,24 @@ def exact_eigenvectors(data: LayerData) -> Eigenvectors:
     return Eigenvectors(top_eigenpair(A)[1], top_eigenpair(G)[1])
 
 
-def input_mask_gradient(data: LayerData, v: Eigenvectors) -> Tensor:
+def input_mask_gradient(layer: Layer, radii: Tensor, v: Eigenvectors) -> Tensor:
     """D rho_l / d m at m = 1 through A alone, m a mask on the layer's input channels.
 
     A_ij is proportional to m_i m_j, so d rho / d m_i = 2 rho v_A,i^2, summed over the entries of ``a`` that stem from
     channel i [HGNP eq. 5-6]; only the group that attains rho_l depends on its mask.
 
+    Args:
+        layer: The layer.
+        radii: What :func:`group_radii` returned for it.
+        v: Its eigenvectors.
+
     Returns:
         ``[C_in]``, without a graph.
     """
-    data = data.detach()
-    lambda_A, lambda_G = eigenvalues(data, v)
-    rho = lambda_A * lambda_G
-    attains = (rho == rho.max()).to(rho)
-    per_entry = 2 * (rho * attains / attains.sum())[:, None] * v.A.square()
-    return per_entry.reshape(-1, inputs_per_channel(data.layer)).sum(1)
+    radii = radii.detach()
+    attains = (radii == radii.max()).to(radii)
+    per_entry = 2 * (radii * attains / attains.sum())[:, None] * v.A.square()
+    return per_entry.reshape(-1, inputs_per_channel(layer)).sum(1)
 
 
 def _unit(vectors: Tensor, otherwise: Tensor | None = None) -> Tensor:

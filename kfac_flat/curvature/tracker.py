@@ -20,6 +20,7 @@ from kfac_flat.curvature.radius import (
     Eigenvectors,
     LayerData,
     exact_eigenvectors,
+    group_radii,
     input_mask_gradient,
     power_step,
     radius,
@@ -144,8 +145,8 @@ class RadiusTracker:
         seen = self._read(args, kwargs, loss, conditions, create_graph=True)
         active = self._active(seen)
         vectors = {name: self._next_vectors(name, data, steps=1) for name, data in seen.items()}
-        radii = {n: radius(data if n in active else data.detach(), vectors[n]) for n, data in seen.items()}
-        rho = torch.stack([radii[name] for name in active]).sum()
+        radii = {n: group_radii(data if n in active else data.detach(), vectors[n]) for n, data in seen.items()}
+        rho = torch.stack([radii[name].max() for name in active]).sum()
         try:
             gradients = _differentiate(rho, parameters)
         except RuntimeError as error:
@@ -153,8 +154,8 @@ class RadiusTracker:
                 raise
             self._leave_out(active, f"something behind it has no second derivative: {error}")
             return self.gradient(args, kwargs, loss, parameters, conditions)
-        self._publish(vectors, radii)
-        masks = {name: input_mask_gradient(seen[name], vectors[name]) for name in active}
+        self._publish(vectors, {name: of_groups.max() for name, of_groups in radii.items()})
+        masks = {name: input_mask_gradient(seen[name].layer, radii[name], vectors[name]) for name in active}
         return RadiusGradient(rho.detach(), gradients, masks)
 
     def selected(self, kept: Mapping[str, Kept]) -> dict[str, Eigenvectors]:

@@ -93,20 +93,10 @@ class Twin:
             CalledTwiceError: if a layer is used more than once.
         """
         args, kwargs = map_tensors(torch.clone, (args, dict(kwargs)))  # the model may work in place
-        with BACKPACK:
-            return self._read(args, kwargs, loss, create_graph, conditions)
-
-    def _read(
-        self,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        loss: Callable[[Any], Tensor],
-        create_graph: bool,
-        conditions: Conditions,
-    ) -> dict[str, LayerData]:
-        self._follow()
         try:
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            # Fused attention has no second derivative, the plain one does.
+            with BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                self._follow()
                 with conditions():
                     total = loss(self.model(*args, **kwargs))
                 targets = [probe for layer in self.layers.values() for probe in vars(layer).get("_probes", ())]

@@ -26,10 +26,10 @@ def along(ids: Tensor, dim: int, shape: torch.Size) -> Tensor:
     return ids.reshape(view).expand(shape)
 
 
-def narrowed(*tensors: Tensor, keep: int | None = None) -> list[Tensor]:
+def narrowed(*tensors: Tensor) -> list[Tensor]:
     """Cut tensors of equal dimension to length one along the axes in which none of them varies by construction."""
     for dim in range(tensors[0].dim()):
-        if dim != keep and all(t.stride(dim) == 0 or t.shape[dim] == 1 for t in tensors):
+        if all(t.stride(dim) == 0 or t.shape[dim] == 1 for t in tensors):
             tensors = tuple(t.narrow(dim, 0, min(1, t.shape[dim])) for t in tensors)
     return list(tensors)
 

@@ -16,6 +16,7 @@ from kfac_flat.curvature.radius import (
     LayerData,
     eigenvalues,
     exact_eigenvectors,
+    group_radii,
     input_mask_gradient,
     power_step,
     radius,
@@ -331,7 +332,8 @@ def test_only_the_layer_that_attains_the_maximum_has_a_mask_gradient() -> None:
 def test_mask_gradient_of_a_grouped_layer_is_zero_outside_the_group_that_attains_rho() -> None:
     data, blocks = layer_data("groups", "2")
     tops = [float(torch.linalg.eigvalsh(A)[-1] * torch.linalg.eigvalsh(G)[-1]) for A, G in blocks]
-    by_group = input_mask_gradient(data, exact_eigenvectors(data)).reshape(2, -1)
+    v = exact_eigenvectors(data)
+    by_group = input_mask_gradient(data.layer, group_radii(data, v), v).reshape(2, -1)
     attains = tops.index(max(tops))
     assert by_group[attains].sum() > 0
     assert torch.equal(by_group[1 - attains], torch.zeros_like(by_group[1 - attains]))
