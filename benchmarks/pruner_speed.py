@@ -2,7 +2,9 @@
 
 For each model: seconds to trace it and find out which neurons go together, seconds for one cut, and what is left. Half
 of the neurons that can go do so, about the same share of each layer; torch-pruning, measured beside it, is asked for
-half of each layer but the classifier. Each model and each library has a process and a time limit of its own.
+half of each layer but the classifier. Each model and each library has a process and a time limit of its own. After the
+cut, the model runs in eval mode, where MACs are counted, and then forward and backward in train mode; an error stands
+in the column that could not be filled.
 
 ``--saliency`` measures instead what it costs to record Theta at every training step.
 
@@ -232,7 +234,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="classifiers of torchvision")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure torch-pruning too")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds for one model and one library")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds for one model and one library, all in")
     parser.add_argument("--image-size", type=int, help="pixels; 224 and, for inception_v3, 299 unless given")
     parser.add_argument("--saliency", action="store_true", help="measure the recording of Theta instead")
     parser.add_argument("--repetitions", type=int, default=15, help="timed steps with --saliency")
