@@ -54,6 +54,9 @@ class NeuronPruner:
         round_to: Leave layers that are cut at a multiple of this width; None for any.
         ignore: Layers whose neurons stay: names (shell patterns allowed) or classes.
 
+    Attributes:
+        history: The reports of all :meth:`step` calls of this object, oldest first.
+
     Raises:
         TypeError: if ``model`` or ``optimizer`` is of another kind.
         ValueError: if an option is out of range, the model cannot be traced or run, or the target cannot be reached.
@@ -141,6 +144,22 @@ class NeuronPruner:
     def widths(self) -> dict[str, int]:
         """Output channels of every Linear and convolution as it is now, by name."""
         return self._widths(self._channels)
+
+    @property
+    def survivors(self) -> dict[str, Tensor]:
+        """Output channels that are left of every Linear and convolution: ``int64`` positions in the ORIGINAL layer.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1, bias=False))
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            >>> pruner = NeuronPruner(model, optimizer, torch.ones(1, 2), target=0.5, start=1, events=1)
+            >>> model[1].weight.grad = torch.tensor([[3.0, 0.0, 2.0, 0.0]]) / model[1].weight.detach()
+            >>> optimizer.step()
+            >>> report = pruner.step()
+            >>> pruner.survivors["0"], report.removed["0"]
+            (tensor([0, 2]), tensor([1, 3]))
+        """
+        return {name: self._kept[name][1].clone() for name in self._graph.producers}
 
     # ---------------------------------------------------------------- stepping
 
@@ -260,6 +279,7 @@ class NeuronPruner:
             sparsity=1 - after.neurons / self._original_neurons,
             removed=removed,
             reason=reason,
+            frozen=self.frozen,
         )
 
     def _why_less(self, scores: list[float]) -> str:
