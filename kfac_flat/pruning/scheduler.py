@@ -6,12 +6,14 @@ import fnmatch
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kfac_flat.distributed import Agreement
 from kfac_flat.pruning import rules
 from kfac_flat.pruning.budget import Groups, Schedule
 from kfac_flat.pruning.errors import CutError
@@ -41,6 +43,12 @@ class NeuronPruner:
 
     The Parameter objects stay the same, the optimizer's state of the kept entries stays as it was, and what cannot be
     followed through the model is left uncut: see :attr:`frozen`.
+
+    In a run of several processes (``torch.distributed`` is initialised) all processes of the default group train the
+    same model and call :meth:`step` at the same time. They go by the scores of rank 0, which the others' must equal,
+    and cut together or not at all; see :func:`kfac_flat.rewrap` for DistributedDataParallel. A process that dies makes
+    the cut fail in those that wait for it, after the group's timeout at the latest; nothing is sent while no removal is
+    due, nor by :meth:`plan` and :meth:`load_state_dict`.
 
     Args:
         model: The model being trained; wrapped by ``torch.compile`` if you like.
@@ -170,23 +178,30 @@ class NeuronPruner:
             CutError: if the cut cannot be made; model, optimizer and pruner are as they were before the call.
         """
         epoch = self._epoch + 1
-        self._check_known()
-        scores = self._scores()
-        if self.finished:
-            report = self._report(epoch, reason=_FINISHED)
-        elif not self._schedule.is_due(epoch):
-            report = self._report(epoch, reason=f"the schedule has no removal at the end of epoch {epoch}")
-        elif scores is None:
-            report = self._report(epoch, reason=_UNSCORED)
-        else:
-            report, gone = self._choose(epoch, scores)
-            if report:
-                self._cut(gone)
-                self._size = report.after
-                self._restart()
-            self._event += 1
+        with Agreement(needed=not self.finished and self._schedule.is_due(epoch)) as agreement:
+            report = self._end(epoch, agreement)
         self._epoch = epoch
         self.history.append(report)
+        return report
+
+    def _end(self, epoch: int, agreement: Agreement) -> PruneReport:
+        """Remove neurons if the schedule says so at the end of this epoch."""
+        self._check_known()
+        scores = agreement.on_scores(self._scores())
+        if self.finished:
+            return self._report(epoch, reason=_FINISHED)
+        if not self._schedule.is_due(epoch):
+            return self._report(epoch, reason=f"the schedule has no removal at the end of epoch {epoch}")
+        if scores is None:
+            return self._report(epoch, reason=_UNSCORED)
+        report, gone = self._choose(epoch, scores)
+        if report:
+            self._cut(gone, partial(agreement.on_cut, gone))
+            self._size = report.after
+            self._restart()
+        else:
+            agreement.on_cut(gone)
+        self._event += 1
         return report
 
     def plan(self) -> PruneReport:
@@ -214,10 +229,10 @@ class NeuronPruner:
         reason = self._why_less(scores) if self._size.neurons - after.neurons < count else ""
         return self._report(epoch, gone, after, reason), gone
 
-    def _cut(self, gone: Tensor) -> None:
-        """Make a cut on the model and all that follows it."""
+    def _cut(self, gone: Tensor, agree: Callable[[], None] = lambda: None) -> None:
+        """Make a cut on the model and all that follows it; what ``agree`` raises undoes it."""
         kept = kept_without(self._channels, gone)
-        Surgery(self._model, kept, self._optimizer).apply()
+        Surgery(self._model, kept, self._optimizer).apply(agree)
         for name, keep in kept.items():
             inputs, outputs = self._kept[name]
             self._kept[name] = inputs[keep.inputs], outputs[keep.outputs]
@@ -432,8 +447,13 @@ def _check_options(model: Any, optimizer: Any, target: float, min_neurons: int, 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     inner = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
-    if isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise TypeError("prune the model inside the wrapper, model.module, and wrap it anew after each removal")
+    if isinstance(inner, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "prune the model inside the wrapper, model.module, and let the wrapper follow: "
+            "`with kfac_flat.rewrap(model): pruner.step()`"
+        )
+    if isinstance(inner, nn.DataParallel):
+        raise TypeError("prune the model inside the wrapper, model.module")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer instance, not {type(optimizer).__name__}")
     if not isinstance(target, (int, float)) or not 0 < target < 1:

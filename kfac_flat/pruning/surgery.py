@@ -173,8 +173,11 @@ class Surgery:
         """Cut a tensor of the shape of the parameter ``p`` as ``p`` itself will be."""
         return select(t, self._selections[p]) if p in self._selections else t
 
-    def apply(self) -> None:
+    def apply(self, agree: Callable[[], None] = lambda: None) -> None:
         """Make the cut, wholly or not at all.
+
+        Args:
+            agree: Called when all that can fail has been done; what it raises undoes the cut.
 
         Raises:
             CutError: if torch refuses to exchange a tensor; everything is as before.
@@ -184,16 +187,18 @@ class Surgery:
             for old, new in self._swaps:
                 _swap(old, new)
                 done.append((old, new))
+            agree()
         except BaseException as error:
             # Not the tensors swapped out, but copies of them: torch lets no later backward pass use the former.
             for small, whole in done:
                 _swap(small, _replacement(whole, {}))
-            if not isinstance(error, RuntimeError):
+            if not isinstance(error, RuntimeError) or isinstance(error, CutError):
                 raise
             raise CutError(
                 f"{self._names[old]} cannot be cut while something else holds it. Most likely the result of a forward "
                 "pass is still alive whose backward has not been run: run it, delete the result, or compute it under "
-                f"torch.no_grad() ({error})"
+                "torch.no_grad(). A DistributedDataParallel lets go of it within kfac_flat.rewrap(wrapper) "
+                f"({error})"
             ) from error
         for module, attributes in self._attributes:
             for name, value in attributes.items():
