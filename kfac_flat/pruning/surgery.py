@@ -6,8 +6,9 @@ Everything is computed before anything is swapped, and what was swapped can be s
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -101,6 +102,31 @@ def _replacement(t: Tensor, selection: Selection) -> Tensor:
     return new
 
 
+def _exchange_back(small: Tensor, whole: Tensor) -> None:
+    """Take back an exchange, with a copy: torch lets no later backward pass use the tensor that was swapped out."""
+    _swap(small, _replacement(whole, {}))
+
+
+def difference(model: nn.Module, other: nn.Module) -> str:
+    """Say where the structure of two models differs: their modules, the channels and the shapes; empty if nowhere."""
+    modules, others = dict(model.named_modules()), dict(other.named_modules())
+    if modules.keys() != others.keys():
+        return f"only one of them has {min(modules.keys() ^ others.keys())!r}"
+    for name, module in modules.items():
+        ours, theirs = _structure(module), _structure(others[name])
+        if ours != theirs:
+            return f"{name or 'the model'} is {theirs} and not {ours}"
+    return ""
+
+
+def _structure(module: nn.Module) -> str:
+    """Describe what of a module matters to a cut."""
+    channels = "{} to {} channels, ".format(*rules.channel_counts(module)) if rules.has_channels(module) else ""
+    tensors = {**module._parameters, **module._buffers}
+    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items() if t is not None)
+    return f"a {type(module).__name__} ({channels}{shapes or 'no tensors'})"
+
+
 class Surgery:
     """A prepared cut of a model and of what follows it.
 
@@ -108,27 +134,31 @@ class Surgery:
         model: The model.
         kept: What remains of each module that loses channels, by name.
         optimizer: Whose state for the parameters is cut along.
+        copies: Models of the same structure that are cut along.
 
     Raises:
         CutError: if it cannot be done; nothing has been changed.
     """
 
-    def __init__(self, model: nn.Module, kept: Mapping[str, Kept], optimizer: Optimizer | None = None) -> None:
-        self._attributes: list[tuple[nn.Module, dict[str, int]]] = []
+    def __init__(
+        self,
+        model: nn.Module,
+        kept: Mapping[str, Kept],
+        optimizer: Optimizer | None = None,
+        copies: Sequence[nn.Module] = (),
+    ) -> None:
         self._selections: dict[Tensor, Selection] = {}
         self._names: dict[Tensor, str] = {}
-        for name, keep in kept.items():
-            module = model.get_submodule(name)
-            cut = module_cut(module, keep)
-            self._attributes.append((module, cut.attributes))
-            for tensor_name, selection in cut.tensors.items():
-                t = getattr(module, tensor_name)
-                if t is not None:
-                    self._names[t] = f"{name}.{tensor_name}"
-                    self._note(t, selection)
+        self._entries: list[tuple[dict[str, Any], dict[str, Any]]] = []  # dictionaries and what they will hold
+        self._plan(model, kept)
+        for i, copied in enumerate(copies):
+            different = difference(model, copied)
+            if different:
+                raise CutError(f"copies[{i}] is no copy of the model any more: {different}")
+            self._plan(copied, kept, f" of copies[{i}]")
         self._check_weak_references()
         self._swaps = [(t, _replacement(t, selection)) for t, selection in self._selections.items()]
-        self._states = [] if optimizer is None else list(self._cut_states(optimizer))
+        self._entries += [] if optimizer is None else self._cut_states(optimizer)
         self._followers: list[Callable[[], None]] = []
         follow = getattr(optimizer, "prepare_cut", None)
         if follow is not None:
@@ -144,29 +174,38 @@ class Surgery:
         Raises:
             CutError: if torch refuses to exchange a tensor; everything is as before.
         """
-        done: list[tuple[Tensor, Tensor]] = []
-        try:
+        with contextlib.ExitStack() as undo:
             for old, new in self._swaps:
-                _swap(old, new)
-                done.append((old, new))
-        except BaseException as error:
-            # Not the tensors swapped out, but copies of them: torch lets no later backward pass use the former.
-            for small, whole in done:
-                _swap(small, _replacement(whole, {}))
-            if not isinstance(error, RuntimeError):
-                raise
+                self._exchange(old, new)
+                undo.callback(_exchange_back, old, new)
+            for holder, values in self._entries:
+                undo.callback(holder.update, {key: holder[key] for key in values})
+                holder.update(values)
+            for follow in self._followers:
+                follow()
+            undo.pop_all()
+
+    def _exchange(self, old: Tensor, new: Tensor) -> None:
+        try:
+            _swap(old, new)
+        except RuntimeError as error:
             raise CutError(
                 f"{self._names[old]} cannot be cut while something else holds it. Most likely the result of a forward "
                 "pass is still alive whose backward has not been run: run it, delete the result, or compute it under "
                 f"torch.no_grad() ({error})"
             ) from error
-        for module, attributes in self._attributes:
-            for name, value in attributes.items():
-                setattr(module, name, value)
-        for state, new_values in self._states:
-            state.update(new_values)
-        for follow in self._followers:
-            follow()
+
+    def _plan(self, model: nn.Module, kept: Mapping[str, Kept], where: str = "") -> None:
+        """Note what the modules of a model become."""
+        for name, keep in kept.items():
+            module = model.get_submodule(name)
+            cut = module_cut(module, keep)
+            self._entries.append((vars(module), dict(cut.attributes)))
+            for tensor_name, selection in cut.tensors.items():
+                t = getattr(module, tensor_name)
+                if t is not None:
+                    self._names.setdefault(t, f"{name}.{tensor_name}{where}")
+                    self._note(t, selection)
 
     def _note(self, t: Tensor, selection: Selection) -> None:
         """Remember a tensor's selection; a tensor that two modules share must be asked for the same."""
