@@ -140,6 +140,7 @@ class Surgery:
         CutError: if it cannot be done; nothing has been changed.
     """
 
+    @torch.inference_mode(False)  # a tensor made there can never be trained again
     def __init__(
         self,
         model: nn.Module,
@@ -168,6 +169,7 @@ class Surgery:
         """Cut a tensor of the shape of the parameter ``p`` as ``p`` itself will be."""
         return select(t, self._selections[p]) if p in self._selections else t
 
+    @torch.inference_mode(False)
     def apply(self) -> None:
         """Make the cut, wholly or not at all.
 

@@ -78,6 +78,15 @@ def test_a_model_without_data_is_shrunk_and_takes_the_weights_over() -> None:
     assert torch.equal(fresh.eval()(x), model.eval()(x))
 
 
+def test_a_model_that_is_shrunk_in_inference_mode_can_be_trained() -> None:
+    _, _, pruner = trained()
+    fresh = network()
+    with torch.inference_mode():
+        shrink(fresh, pruner.state_dict())
+    losses = train(fresh, optim.SGD(fresh.parameters(), lr=0.1), *batch(), steps=2)
+    assert losses[0] != losses[1]
+
+
 def test_the_weights_load_into_a_smaller_class_written_by_hand() -> None:
     model, _, pruner = trained()
     smaller = network(Remaining.after(pruner).widths)
