@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from kfac_flat.distributed import Agreement
 from kfac_flat.pruning import rules
@@ -20,7 +21,7 @@ from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without, without
 from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.saliency import Saliency
-from kfac_flat.pruning.surgery import Surgery
+from kfac_flat.pruning.surgery import Surgery, difference
 from kfac_flat.structure import Kept, unwrap
 
 
@@ -61,13 +62,15 @@ class NeuronPruner:
         min_neurons: Neurons that each layer keeps at least.
         round_to: Leave layers that are cut at a multiple of this width; None for any.
         ignore: Layers whose neurons stay: names (shell patterns allowed) or classes.
+        copies: Models of the same structure that are cut along, such as an ``AveragedModel`` or a teacher.
 
     Attributes:
         history: The reports of all :meth:`step` calls of this object, oldest first.
 
     Raises:
-        TypeError: if ``model`` or ``optimizer`` is of another kind.
-        ValueError: if an option is out of range, the model cannot be traced or run, or the target cannot be reached.
+        TypeError: if ``model``, one of ``copies`` or ``optimizer`` is of another kind.
+        ValueError: if an option is out of range, one of ``copies`` is built differently, the model cannot be traced or
+            run, or the target cannot be reached.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -98,10 +101,12 @@ class NeuronPruner:
         min_neurons: int = 1,
         round_to: int | None = None,
         ignore: Iterable[str | type[nn.Module]] = (),
+        copies: Iterable[nn.Module] = (),
     ) -> None:
         self._schedule = Schedule(start, every, events)
         _check_options(model, optimizer, target, min_neurons, round_to)
         self._model, self._optimizer = unwrap(model), optimizer
+        self._copies = _checked_copies(self._model, copies)
         _check_shared(self._model, optimizer)
         self._target, self._min_neurons, self._round_to = target, min_neurons, round_to or 1
         self._graph = NeuronGraph(
@@ -232,7 +237,7 @@ class NeuronPruner:
     def _cut(self, gone: Tensor, agree: Callable[[], None] = lambda: None) -> None:
         """Make a cut on the model and all that follows it; what ``agree`` raises undoes it."""
         kept = kept_without(self._channels, gone)
-        Surgery(self._model, kept, self._optimizer).apply(agree)
+        Surgery(self._model, kept, self._optimizer, self._copies).apply(agree)
         for name, keep in kept.items():
             inputs, outputs = self._kept[name]
             self._kept[name] = inputs[keep.inputs], outputs[keep.outputs]
@@ -430,6 +435,21 @@ def _ignored(model: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> dict[
             raise ValueError(f"ignore={choice!r} matches no module of the model")
         inside = (name for name in modules if any(name == root or name.startswith(f"{root}.") for root in roots))
         found.update(dict.fromkeys(inside, "ignored on request"))
+    return found
+
+
+def _checked_copies(model: nn.Module, copies: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the models inside their wrappers, found to be of the model's structure."""
+    if isinstance(copies, nn.Module):
+        raise TypeError(f"copies must be a collection of models, such as [{type(copies).__name__}(...)]")
+    found = []
+    for i, wrapped in enumerate(copies):
+        if not isinstance(wrapped, nn.Module):
+            raise TypeError(f"copies[{i}] must be a torch.nn.Module, not {type(wrapped).__name__}")
+        found.append(unwrap(wrapped.module if isinstance(wrapped, AveragedModel) else wrapped))
+        different = difference(model, found[i])
+        if different:
+            raise ValueError(f"copies[{i}] is no copy of the model: {different}")
     return found
 
 
