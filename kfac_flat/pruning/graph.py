@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_flat.pruning import rules
 from kfac_flat.pruning.budget import Groups
 from kfac_flat.pruning.errors import CutError
-from kfac_flat.pruning.ids import FIXED, components, narrowed
+from kfac_flat.pruning.ids import FIXED, components, membership, narrowed
 from kfac_flat.pruning.propagation import OUTPUT_REASON, FailedAtError, Propagation
 from kfac_flat.pruning.report import Size
 from kfac_flat.pruning.rules import Place
@@ -45,20 +44,24 @@ class Channels:
 
 def without(channels: Mapping[str, Channels], gone: Tensor) -> dict[str, Channels]:
     """Return the channels that remain when these groups have left."""
-    return {
-        name: Channels(c.inputs[~torch.isin(c.inputs, gone)], c.outputs[~torch.isin(c.outputs, gone)])
-        for name, c in channels.items()
-    }
+    stays = _stays(channels, gone)
+    return {name: Channels(c.inputs[stays[c.inputs]], c.outputs[stays[c.outputs]]) for name, c in channels.items()}
 
 
 def kept_without(channels: Mapping[str, Channels], gone: Tensor) -> dict[str, Kept]:
     """Positions that remain when these groups have left, of each module that loses any."""
-    kept = {}
+    stays, kept = _stays(channels, gone), {}
     for name, c in channels.items():
-        inputs, outputs = ((~torch.isin(ids, gone)).nonzero().flatten() for ids in (c.inputs, c.outputs))
+        inputs, outputs = (stays[ids].nonzero().flatten() for ids in (c.inputs, c.outputs))
         if len(inputs) < len(c.inputs) or len(outputs) < len(c.outputs):
             kept[name] = Kept(inputs, outputs)
     return kept
+
+
+def _stays(channels: Mapping[str, Channels], gone: Tensor) -> Tensor:
+    """Return for each group whether it stays."""
+    ids = (ids for c in channels.values() for ids in (c.inputs, c.outputs))
+    return ~membership(gone, max((int(i.max()) for i in ids if len(i)), default=FIXED) + 1)
 
 
 class NeuronGraph:
@@ -76,6 +79,8 @@ class NeuronGraph:
         producers: Names of the modules whose output channels are neurons: Linear and convolutions.
         hidden: Those whose outputs do not form the model's output.
         consumers: Those that read neurons; a depthwise convolution goes with what it reads.
+        positions: How often each module's weight is applied for one example in eval mode, by name.
+        inputs: How the model is called.
         frozen: For each producer with neurons that cannot go, by name, the first reason.
 
     Raises:
@@ -89,13 +94,14 @@ class NeuronGraph:
         ignore: Mapping[str, str] | None = None,
         whole: Mapping[str, str] | None = None,
     ) -> None:
-        self._inputs = ExampleInputs.of(example_inputs)
+        self.inputs = ExampleInputs.of(example_inputs)
         self._bare = skeleton(model)
         self._programs = trace(model, self._bare, rules.has_channels, rules.keeps_shape)
         self._ignore, self._whole = dict(ignore or {}), dict(whole or {})
         self._stuck: dict[Place, str] = {}  # operations that no rule gets right, found by trial
         self._whole_rows: set[Place] = set()  # where neurons are dealt out to attention heads
         self._numbers: dict[Place, Any] = {}  # what operations compute with, in the dense model
+        self.positions: dict[str, float] = {}
         self.channels, self.frozen = self._group()
         while (failure := self._try_cuts()) is not None:
             if failure.place in self._stuck:
@@ -144,19 +150,18 @@ class NeuronGraph:
                     raise FailedAtError(
                         (training, i), f"{a.target} is reached or not depending on the number of neurons"
                     )
-            with FlopCounterMode(display=False) as counter:
-                self._run(pruned, small, _Verification(channels), self._numbers)
-            macs = int(counter.get_total_flops()) // (2 * self._inputs.batch_size)  # eval mode comes last
+            ran = self._run(pruned, small, _Verification(channels), self._numbers)
+            macs = ran.flops // (2 * self.inputs.batch_size)  # eval mode comes last
         return macs
 
     def _run(
         self, bare: nn.Module, program: Program, table: rules.Table, expected: Mapping[Place, Any] | None = None
-    ) -> dict[Place, Any]:
-        """Run the ids of neurons through a skeleton; returns the numbers that its operations computed with."""
+    ) -> Propagation:
+        """Run the ids of neurons through a skeleton."""
         propagation = Propagation(bare, program, table, self._stuck, self._whole_rows, expected)
         with torch.no_grad():
-            propagation.run(*self._inputs.bind(program.graph))
-        return propagation.numbers
+            propagation.run(*self.inputs.bind(program.graph))
+        return propagation
 
     def _group(self) -> tuple[dict[str, Channels], dict[str, str]]:
         """Collect who goes with whom; once more where it turns out that rows can only go as a whole."""
@@ -171,12 +176,14 @@ class NeuronGraph:
         table = _Grouping(self._bare, self._whole)
         for program in self._programs.values():
             try:
-                self._numbers.update(self._run(self._bare, program, table))
+                table.positions.clear()
+                self._numbers.update(self._run(self._bare, program, table).numbers)
             except FailedAtError as error:
                 raise ValueError(
                     f"the model does not run on example_inputs: {error} Give what the model is called with: a tensor, "
                     "a tuple of positional or a dict of keyword arguments"
                 ) from error
+        self.positions = {name: n / self.inputs.batch_size for name, n in table.positions.items()}  # eval came last
         for name, reason in self._ignore.items():
             if name in table.outputs:
                 table.freeze(table.outputs[name], reason)
@@ -218,7 +225,8 @@ class _Grouping(rules.Table):
         self._ties.append(torch.stack([pairs >> 32, pairs & 0xFFFFFFFF]))
 
     def freeze(self, ids: Tensor, reason: str) -> None:
-        for i in torch.unique(ids).tolist():
+        (small,) = narrowed(ids)
+        for i in torch.unique(small).tolist():
             self._reasons.setdefault(i, reason)
 
     def used_elsewhere(self, name: str) -> None:
@@ -320,8 +328,12 @@ class _Verification(rules.Table):
             raise CutError("after a cut, different neurons would meet here")
 
     def freeze(self, ids: Tensor, reason: str) -> None:
-        if bool((ids != FIXED).any()):
+        (small,) = narrowed(ids)
+        if bool((small != FIXED).any()):
             raise CutError(reason)
+
+    def is_layer(self, name: str) -> bool:
+        return name in self._channels
 
     def layer(self, name: str, module: nn.Module, inputs: Tensor, positions: int) -> Tensor:
         if not torch.equal(self._channels[name].inputs, inputs):

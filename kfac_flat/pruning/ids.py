@@ -40,6 +40,13 @@ def varying_dims(ids: Tensor) -> list[int]:
     return [d for d in range(ids.dim()) if small.shape[d] > 1 and bool((small != small.narrow(d, 0, 1)).any())]
 
 
+def compact(ids: Tensor) -> Tensor:
+    """Return equal ids that take no memory, and no time to look at, along axes in which they do not differ."""
+    for d in set(range(ids.dim())) - set(varying_dims(ids)):
+        ids = ids.narrow(d, 0, min(1, ids.shape[d])).expand(ids.shape)
+    return ids
+
+
 def read_along(ids: Tensor, dim: int) -> Tensor | None:
     """Return the vector of ids along an axis, or None if they differ along any other axis."""
     dim %= ids.dim()
@@ -47,6 +54,13 @@ def read_along(ids: Tensor, dim: int) -> Tensor | None:
         return None
     index = [slice(None) if d == dim else 0 for d in range(ids.dim())]
     return ids[tuple(index)].contiguous()
+
+
+def membership(ids: Tensor, size: int) -> Tensor:
+    """Return for each of ``0 .. size - 1`` whether it is among the ids."""
+    members = torch.zeros(size, dtype=torch.bool)
+    members[ids] = True
+    return members
 
 
 def components(size: int, pairs: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_flat.nested import map_tensors, tensors
 from kfac_flat.pruning import rules
@@ -53,6 +54,7 @@ class Propagation(fx.Interpreter):
         super().__init__(_prepared(bare, program), graph=program.graph)
         self.extra_traceback = False  # errors here are the user's, and say which operation they concern
         self.numbers: dict[Place, Any] = {}
+        self.flops = 0
         self._program, self._table, self._stuck, self._whole_rows, self._expected = (
             *(program, table, stuck),
             *(whole_rows, expected),
@@ -67,7 +69,7 @@ class Propagation(fx.Interpreter):
             FailedAtError: if either goes wrong.
         """
         try:
-            with nullcontext() if self._stays_on_meta(n) else torch.device("meta"):
+            with self._conditions(n):
                 result = super().run_node(n)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise FailedAtError(self._places[n], f"{self._describe(n)} fails: {error}") from error
@@ -78,13 +80,26 @@ class Propagation(fx.Interpreter):
         self._notice_changed_shapes(n)
         return result
 
-    def _stays_on_meta(self, n: fx.Node) -> bool:
-        """Tell whether a call is known to make no tensors but from those it is given; others make them without data."""
-        if n.op == "call_module":
-            module = self.submodules[str(n.target)]
-            return rules.has_channels(module) or rules.find(module) is not None
+    @contextlib.contextmanager
+    def _conditions(self, n: fx.Node) -> Iterator[None]:
+        """Let a call make tensors without data and count what it multiplies: where there is need, as both take time."""
+        if n.op in ("get_attr", "output", "placeholder"):
+            yield
+            return
+        target = self.submodules[str(n.target)] if n.op == "call_module" else n.target
+        layer = isinstance(target, nn.Module) and rules.has_channels(target)
+        rule = rules.find(target)
         given = any(isinstance(self.env.get(source), Tensor) for source in n.all_input_nodes)
-        return n.op in ("get_attr", "output", "placeholder") or (given and rules.find(n.target) is not None)
+        with contextlib.ExitStack() as stack:
+            if not (layer or (rule is not None and given)):
+                stack.enter_context(torch.device("meta"))
+            if layer or rule is None or rule in rules.PRODUCTS:
+                counter = stack.enter_context(FlopCounterMode(display=False))
+                stack.callback(lambda: self._count(counter))
+            yield
+
+    def _count(self, counter: FlopCounterMode) -> None:
+        self.flops += int(counter.get_total_flops())
 
     def fetch_attr(self, target: str) -> Any:
         """Look up a parameter, buffer, or tensor that was made while tracing."""
@@ -126,7 +141,8 @@ class Propagation(fx.Interpreter):
         target: Any = n.target
         if n.op == "call_module":
             target = self.submodules[str(n.target)]
-            if rules.has_channels(target) and not rules.is_attention(target) and len(args) == 1 and not kwargs:
+            layer = rules.has_channels(target) or self._table.is_layer(str(n.target))
+            if layer and not rules.is_attention(target) and len(args) == 1 and not kwargs:
                 return rules.run_layer(self._table, str(n.target), target, args[0], result)
         rule = None if n.target in self._program.opaque else rules.find(target)
         if rule not in rules.MOVES:

@@ -14,11 +14,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Size:
-    """Size of a model: hidden neurons, parameters, multiply-accumulates of one example in eval mode."""
+    """Size of a model: hidden neurons, parameters, multiply-accumulates of one example in eval mode.
+
+    Where the budget is latency, also the seconds that a call in eval mode takes on the model's device.
+    """
 
     neurons: int
     parameters: int
     macs: int
+    latency: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,10 @@ class PruneReport:
     @property
     def _sizes(self) -> list[tuple[str, int, int]]:
         names = {"neurons": "neurons", "parameters": "parameters", "MACs": "macs"}
-        return [(what, getattr(self.before, name), getattr(self.after, name)) for what, name in names.items()]
+        sizes = [(what, getattr(self.before, name), getattr(self.after, name)) for what, name in names.items()]
+        if self.before.latency is not None and self.after.latency is not None:
+            sizes.append(("microseconds", round(self.before.latency * 1e6), round(self.after.latency * 1e6)))
+        return sizes
 
     def table(self, width: int = 80) -> str:
         """Lay out all layers' widths and the model's sizes as plain text.
@@ -134,15 +141,15 @@ class PruneReport:
         """Return what a logger draws over the epochs: sparsity, sizes and widths as they are afterwards.
 
         Returns:
-            By name: ``pruning/sparsity``, ``pruning/neurons``, ``pruning/parameters``, ``pruning/macs``, and
-            ``pruning/width/<layer>`` for each layer. For TensorBoard::
+            By name: ``pruning/sparsity``, ``pruning/neurons``, ``pruning/parameters``, ``pruning/macs``,
+            ``pruning/latency`` where it is the budget, and ``pruning/width/<layer>`` for each layer. For TensorBoard::
 
                 for name, value in report.scalars().items():
                     writer.add_scalar(name, value, report.epoch)
         """
         sizes = {"sparsity": self.sparsity, **vars(self.after)}
         widths = {f"width/{name}": width for name, width in self.widths_after.items()}
-        return {f"pruning/{name}": float(value) for name, value in (sizes | widths).items()}
+        return {f"pruning/{name}": float(value) for name, value in (sizes | widths).items() if value is not None}
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw each layer's width, before and after, as horizontal bars.

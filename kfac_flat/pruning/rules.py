@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from kfac_flat.nested import map_tensors
 from kfac_flat.pruning.attention import FewerHeadsAttention
-from kfac_flat.pruning.ids import FIXED, along, fixed, narrowed, read_along, varying_dims
+from kfac_flat.pruning.ids import FIXED, along, compact, fixed, narrowed, read_along, varying_dims
 
 
 class Table:
@@ -28,6 +28,10 @@ class Table:
 
     def freeze(self, ids: Tensor, reason: str) -> None:
         """State that these neurons cannot go."""
+
+    def is_layer(self, name: str) -> bool:
+        """Tell whether a module is known to have channels, though one of a single channel may not look like it."""
+        return False
 
     def used_elsewhere(self, name: str) -> None:
         """State that a parameter or buffer is used by other code than its module's."""
@@ -355,7 +359,7 @@ def _move(op: Operation) -> Any:
     line = read_along(op.subject, axes[0])
     if line is None:
         raise NoRuleError("moves neurons that lie along two axes")
-    moved = op.on(along(torch.arange(len(line)), axes[0], op.subject.shape))
+    moved = map_tensors(compact, op.on(along(torch.arange(len(line)), axes[0], op.subject.shape)))
     parts = [moved] if isinstance(moved, Tensor) else list(moved)
     row, length = len(line), 1
     if not all(_in_order(part, len(line)) for part in parts):
@@ -366,7 +370,7 @@ def _move(op: Operation) -> Any:
         else:
             op.table.tie(line[rows[:1]].expand(rows.shape), line[rows])
             op.table.dealt(op.place, line)
-    ids: Any = map_tensors(lambda places: _lookup(line, places % row // length * length), moved)
+    ids: Any = map_tensors(lambda places: _lookup(line, places, row, length), moved)
     for part in [ids] if isinstance(ids, Tensor) else ids:
         for d in varying_dims(part)[-1:]:  # an axis before it would be one of rows
             _follow_size(op, part.shape[d], part, d)
@@ -423,10 +427,10 @@ def _rows(parts: list[Tensor], count: int) -> Tensor:
     return torch.stack(rows)
 
 
-def _lookup(line: Tensor, places: Tensor) -> Tensor:
-    """Put in for every place what stands there in ``line``."""
+def _lookup(line: Tensor, places: Tensor, row: int, length: int) -> Tensor:
+    """Put in for every place what stands there in ``line``: in its first row, at the beginning of each ``length``."""
     (small,) = narrowed(places)
-    return line[small].expand(places.shape)
+    return line[small % row // length * length].expand(places.shape)
 
 
 def _contraction(op: Operation, operands: Sequence[Tensor], axes: Sequence[str], result: str) -> Tensor:
@@ -679,6 +683,9 @@ _SIZED = {
 
 # Functions of other packages, by their full name, so that they need not be installed.
 NAMED_RULES: dict[str, Rule] = {"torchvision.ops.stochastic_depth.stochastic_depth": _same_shape}
+
+# Rules of operations that multiply activations with each other.
+PRODUCTS = (_matmul, _einsum, _attention)
 
 # Rules of operations that may be called with sizes which depend on how many neurons there are.
 MOVES = (_move, _cat)

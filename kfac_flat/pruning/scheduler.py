@@ -5,8 +5,10 @@ from __future__ import annotations
 import fnmatch
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import compress
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,13 +18,16 @@ from torch.optim.swa_utils import AveragedModel
 
 from kfac_flat.distributed import Agreement
 from kfac_flat.pruning import rules
-from kfac_flat.pruning.budget import Groups, Schedule
+from kfac_flat.pruning.budget import Groups, Ranking, Schedule
+from kfac_flat.pruning.costs import Costs
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without, without
+from kfac_flat.pruning.latency import latency
+from kfac_flat.pruning.options import Options
 from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.saliency import Saliency
 from kfac_flat.pruning.surgery import Surgery, difference
-from kfac_flat.structure import Kept, unwrap
+from kfac_flat.structure import Kept, structural_copy, unwrap
 
 
 @runtime_checkable
@@ -55,12 +60,23 @@ class NeuronPruner:
         model: The model being trained; wrapped by ``torch.compile`` if you like.
         optimizer: Any torch optimizer over its parameters.
         example_inputs: What the model is called with: a tensor, a tuple of positional or a dict of keyword arguments.
-        target: Share of the neurons to remove in the end, in (0, 1).
+        target: Share of the budget to remove in the end, in (0, 1).
+        budget: What ``target`` is a share of: the model's "neurons", its "parameters", its "macs" (multiply-accumulates
+            of one example), or its "latency", measured on its device.
         start: Epochs of training before the first removal.
         every: Epochs from one removal to the next.
-        events: Number of removals, of equal size; the last comes at the end of epoch ``start + (events - 1) * every``.
+        events: Number of removals; the last comes at the end of epoch ``start + (events - 1) * every``.
+        pace: How the target is divided among the events: "linear", in equal steps, or "cubic", more at first
+            [Zhu & Gupta, arXiv 1710.01878].
+        neurons_per_event: Remove this many neurons each time, as often as it takes, instead of in ``events`` steps.
         min_neurons: Neurons that each layer keeps at least.
+        max_share: Share of its original neurons that a layer may lose at most.
+        max_step: Share of its neurons that a layer may lose at most in one event.
         round_to: Leave layers that are cut at a multiple of this width; None for any.
+        ranking: "global": all layers compete; "layer": each loses the same share.
+        normalize: What a group's score is divided by before layers compete: None, or the "mean", "max" or "l2" norm of
+            the scores in the same layers.
+        per: What scores are counted per: the "neuron", "parameter" or "mac" that a removal saves, or the "group".
         ignore: Layers whose neurons stay: names (shell patterns allowed) or classes.
         copies: Models of the same structure that are cut along, such as an ``AveragedModel`` or a teacher.
 
@@ -98,24 +114,35 @@ class NeuronPruner:
         start: int = 5,
         every: int = 2,
         events: int = 5,
+        budget: str = "neurons",
+        pace: str = "linear",
+        neurons_per_event: int | None = None,
         min_neurons: int = 1,
+        max_share: float = 1.0,
+        max_step: float = 1.0,
         round_to: int | None = None,
+        ranking: str = "global",
+        normalize: str | None = None,
+        per: str = "neuron",
         ignore: Iterable[str | type[nn.Module]] = (),
         copies: Iterable[nn.Module] = (),
     ) -> None:
-        self._schedule = Schedule(start, every, events)
-        _check_options(model, optimizer, target, min_neurons, round_to)
+        schedule = Schedule(start, every, events, pace)
+        self._options = Options(
+            *(target, budget, neurons_per_event, min_neurons, max_share, max_step),
+            *(1 if round_to is None else round_to, Ranking(ranking, normalize, per)),
+        )
+        _check_kinds(model, optimizer)
         self._model, self._optimizer = unwrap(model), optimizer
         self._copies = _checked_copies(self._model, copies)
         _check_shared(self._model, optimizer)
-        self._target, self._min_neurons, self._round_to = target, min_neurons, round_to or 1
         self._graph = NeuronGraph(
             self._model, example_inputs, _ignored(self._model, ignore), _trained_elsewhere(self._model, optimizer)
         )
         self._channels = self._graph.channels
         self._kept = {n: (torch.arange(len(c.inputs)), torch.arange(len(c.outputs))) for n, c in self._channels.items()}
-        self._size = self._graph.measure(self._model, self._channels, _NONE)
-        self._original_neurons = self._size.neurons
+        self._size = self._original = self._measure(_NONE)
+        self._schedule = replace(schedule, events=self._options.events(self._size.neurons, events))
         self._epoch = self._event = 0
         self.history: list[PruneReport] = []
         self._restart()
@@ -136,12 +163,17 @@ class NeuronPruner:
     @property
     def sparsity(self) -> float:
         """Neurons removed so far / original neurons."""
-        return 1 - self._size.neurons / self._original_neurons
+        return 1 - self._size.neurons / self._original.neurons
+
+    @property
+    def progress(self) -> float:
+        """Share of the budget removed so far, of which ``target`` is to be removed in the end."""
+        return 1 - self._amount(self._size) / self._amount(self._original)
 
     @property
     def finished(self) -> bool:
         """Whether the target has been reached, or all events have passed."""
-        return self.sparsity >= self._target or self._event >= self._schedule.events
+        return self.progress >= self._options.target or self._event >= self._schedule.events
 
     @property
     def size(self) -> Size:
@@ -223,16 +255,61 @@ class NeuronPruner:
 
     def _choose(self, epoch: int, scores: list[float]) -> tuple[PruneReport, Tensor]:
         """Choose the groups that go with the next event, and prove on a skeleton that the model can do without them."""
-        due = round(self._target * self._schedule.share(self._event + 1) * self._original_neurons)
-        count = due - (self._original_neurons - self._size.neurons)
-        if count <= 0:
-            return self._report(epoch, reason="an earlier removal took this one's share along"), self._groups.ids[:0]
-        gone = self._groups.cheapest(scores, count, min_neurons=self._min_neurons, round_to=self._round_to)
+        event = self._event + 1
+        goal = self._options.goal(self._amount(self._original), event, self._schedule.share(event))
+        if self._amount(self._size) <= goal:
+            return self._report(epoch, reason="an earlier removal took this one's share along"), _NONE
+        gone = self._fewest(scores, goal, self._floors())
         if not len(gone):
             return self._report(epoch, reason=self._why_less(scores)), gone
-        after = self._graph.measure(self._model, self._channels, gone)
-        reason = self._why_less(scores) if self._size.neurons - after.neurons < count else ""
+        after = self._measure(gone)
+        reason = self._why_less(scores) if self._amount(after) > goal else ""
         return self._report(epoch, gone, after, reason), gone
+
+    def _fewest(self, scores: Sequence[float], goal: float, floors: Mapping[str, int]) -> Tensor:
+        """Return as few groups as bring the budget down to the goal; all that the floors allow if they do not."""
+        costs, ranking = Costs(self._model, self._channels, self._graph.positions), self._options.ranking
+        parameters, macs = costs.of_each(self._groups.ids)
+        per = {"neuron": self._groups.neurons, "group": [1] * len(scores)}
+        per |= {"parameter": parameters.tolist(), "mac": macs.tolist()}
+        if ranking.normalize is not None:
+            scores = self._groups.normalised(scores, ranking.normalize)
+        order = self._groups.order(
+            *(scores, per[ranking.per]),
+            floors=floors,
+            round_to=self._options.round_to,
+            layerwise=ranking.scope == "layer",
+        )
+        return self._groups.fewest(order, lambda gone: self._amount_without(gone, costs) <= goal)
+
+    def _amount(self, size: Size) -> float:
+        """What a size is in terms of the budget."""
+        return float(getattr(size, self._options.budget))
+
+    def _amount_without(self, gone: Tensor, costs: Costs) -> float:
+        """What the model would be without these groups, in terms of the budget."""
+        if self._options.budget == "latency":
+            return self._latency(gone)
+        if self._options.budget == "neurons":
+            lost = torch.isin(self._groups.ids, gone)
+            return self._size.neurons - sum(compress(self._groups.neurons, lost.tolist()))
+        parameters, macs = costs.saved(gone)
+        return self._amount(self._size) - (parameters if self._options.budget == "parameters" else macs)
+
+    def _floors(self) -> dict[str, int]:
+        dense = {name: len(channels.outputs) for name, channels in self._graph.channels.items()}
+        return self._options.floors(self._groups.widths, dense)
+
+    def _measure(self, gone: Tensor) -> Size:
+        """Prove on a skeleton that the model can do without these groups, and return the size that it would have."""
+        size = self._graph.measure(self._model, self._channels, gone)
+        return replace(size, latency=self._latency(gone)) if self._options.budget == "latency" else size
+
+    def _latency(self, gone: Tensor) -> float:
+        """Cut a copy of the model and return how long it takes."""
+        small = structural_copy(self._model, lambda t: t.detach().clone())
+        Surgery(small, kept_without(self._channels, gone)).apply()
+        return latency(small, self._graph.inputs)
 
     def _cut(self, gone: Tensor, agree: Callable[[], None] = lambda: None) -> None:
         """Make a cut on the model and all that follows it; what ``agree`` raises undoes it."""
@@ -296,7 +373,7 @@ class NeuronPruner:
             widths_after=self._widths(remaining),
             before=self._size,
             after=after,
-            sparsity=1 - after.neurons / self._original_neurons,
+            sparsity=1 - after.neurons / self._original.neurons,
             removed=removed,
             reason=reason,
             frozen=self.frozen,
@@ -305,7 +382,7 @@ class NeuronPruner:
     def _why_less(self, scores: list[float]) -> str:
         """Say what keeps the neurons that were due."""
         unscored = sum(score == math.inf for score in scores)
-        reasons = [f"what is left is at its floor (min_neurons={self._min_neurons}, round_to={self._round_to})"]
+        reasons = [f"what is left is at its floor ({self._options})"]
         if unscored:
             reasons.append(f"{unscored} groups are read by layers whose weights had no gradient")
         if self.frozen:
@@ -314,21 +391,19 @@ class NeuronPruner:
 
     def _check_reachable(self) -> None:
         """Refuse a target that no cut can reach, rather than stop short of it after hours."""
-        groups, every = self._groups, self._original_neurons
-        if not every:
+        if not self._original.neurons:
             raise ValueError(
                 "the model has no neurons to remove: no Linear or convolution but those that form its output"
             )
-        most = groups.cheapest([0.0] * len(groups.ids), every, min_neurons=self._min_neurons, round_to=self._round_to)
-        removable = every - sum(
-            len(c.outputs) for n, c in without(self._channels, most).items() if n in self._graph.hidden
-        )
-        if removable < self._target * every:
+        floors = replace(self._options, max_step=1.0).floors(self._groups.widths, self._groups.widths)
+        most = self._fewest([0.0] * len(self._groups.ids), 0.0, floors) if len(self._groups.ids) else _NONE
+        every, what = self._amount(self._original), self._options.budget
+        left = self._amount_without(most, Costs(self._model, self._channels, self._graph.positions))
+        if left > every * (1 - self._options.target) + _ROUNDING * every:
             frozen = "".join(f"\n  {name}: {reason}" for name, reason in self.frozen.items())
             raise ValueError(
-                f"target={self._target} cannot be reached: {removable} of the model's {every} neurons can be removed "
-                f"with min_neurons={self._min_neurons}, round_to={self._round_to}. "
-                f"Layers that cannot lose neurons:{frozen}"
+                f"target={self._options.target} cannot be reached: {every - left:,.9g} of the model's {every:,.9g} "
+                f"{what} can be removed with {self._options}. Layers that cannot lose neurons:{frozen}"
             )
 
     # ---------------------------------------------------------------- checkpoints
@@ -343,6 +418,7 @@ class NeuronPruner:
             "layers": {name: {"in": inputs, "out": outputs} for name, (inputs, outputs) in self._kept.items()},
             "epoch": self._epoch,
             "event": self._event,
+            "original": self._amount(self._original),
             "saliency": self._saliency.state_dict(),
         }
 
@@ -354,7 +430,7 @@ class NeuronPruner:
         Raises:
             ValueError: if the state belongs to another model, or keeps what this one has lost; nothing has changed.
         """
-        missing = [key for key in ("layers", "epoch", "event", "saliency") if key not in state_dict]
+        missing = [key for key in ("layers", "epoch", "event", "original", "saliency") if key not in state_dict]
         if missing:
             raise ValueError(f"this is no state of a NeuronPruner: it lacks {', '.join(missing)}")
         layers = {name: (entry["in"].cpu(), entry["out"].cpu()) for name, entry in state_dict["layers"].items()}
@@ -383,13 +459,16 @@ class NeuronPruner:
             raise ValueError("the state's saliency belongs to another number of groups than this model has")
         if len(gone):
             self._cut(gone)
-        self._size = self._graph.measure(self._model, self._channels, _NONE)
+        self._size = self._measure(_NONE)
+        if self._options.budget == "latency":  # what the rest of the run is measured by
+            self._original = replace(self._original, latency=state_dict["original"])
         self._epoch, self._event = state_dict["epoch"], state_dict["event"]
         self._restart()
         self._saliency.load_state_dict(state_dict["saliency"])
 
 
 _NONE = torch.tensor([], dtype=torch.long)
+_ROUNDING = 1e-9  # of sums of floating-point numbers
 _FINISHED = "finished: the target has been reached or all events have passed"
 _UNSCORED = "no optimizer step with finite gradients since the last removal, so nothing is known of the neurons"
 
@@ -463,7 +542,7 @@ def _trained_elsewhere(model: nn.Module, optimizer: Optimizer) -> dict[str, str]
     }
 
 
-def _check_options(model: Any, optimizer: Any, target: float, min_neurons: int, round_to: int | None) -> None:
+def _check_kinds(model: Any, optimizer: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     inner = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
@@ -476,11 +555,6 @@ def _check_options(model: Any, optimizer: Any, target: float, min_neurons: int, 
         raise TypeError("prune the model inside the wrapper, model.module")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer instance, not {type(optimizer).__name__}")
-    if not isinstance(target, (int, float)) or not 0 < target < 1:
-        raise ValueError(f"target={target!r} must lie in (0, 1): it is the share of neurons to remove")
-    for name, value in (("min_neurons", min_neurons), ("round_to", 1 if round_to is None else round_to)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
 
 
 def _check_shared(model: nn.Module, optimizer: Optimizer) -> None:

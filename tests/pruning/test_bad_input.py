@@ -25,7 +25,7 @@ def build(model: Any = None, optimizer: Any = None, inputs: Any = None, **option
 
 @pytest.mark.parametrize("target", [0, 1, 0.0, 1.0, 1.5, -0.1, float("nan"), 75])
 def test_a_target_outside_zero_and_one_is_refused(target: float) -> None:
-    with pytest.raises(ValueError, match=r"target=.* must lie in \(0, 1\): it is the share of neurons to remove"):
+    with pytest.raises(ValueError, match=r"target=.* must lie in \(0, 1\): it is the share of the budget to remove"):
         build(target=target)
 
 
