@@ -20,7 +20,9 @@ from kfac_flat.pruning import rules
 from kfac_flat.pruning.budget import Groups
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.ids import FIXED, components
-from kfac_flat.pruning.propagation import OUTPUT_REASON, FailedAtError, Place, Propagation
+from kfac_flat.pruning.propagation import OUTPUT_REASON, FailedAtError, Propagation
+from kfac_flat.pruning.report import Size
+from kfac_flat.pruning.rules import Place
 from kfac_flat.pruning.surgery import Surgery
 from kfac_flat.pruning.tracing import ExampleInputs, Program, UntraceableError, skeleton, trace
 from kfac_flat.structure import Kept
@@ -69,7 +71,8 @@ class NeuronGraph:
         whole: Modules whose parameters stay as they are, by name, with the reason.
 
     Attributes:
-        channels: The groups of every module that has channels, by name.
+        channels: The groups of every module that has channels, by name; also those of numbers that modules hold and
+            that follow the neurons, such as that of attention heads, by the module's name and the attribute's.
         producers: Names of the modules whose output channels are neurons: Linear and convolutions.
         hidden: Those whose outputs do not form the model's output.
         consumers: Those that read neurons; a depthwise convolution goes with what it reads.
@@ -91,6 +94,7 @@ class NeuronGraph:
         self._programs = trace(model, self._bare, rules.has_channels)
         self._ignore, self._whole = dict(ignore or {}), dict(whole or {})
         self._stuck: dict[Place, str] = {}  # operations that no rule gets right, found by trial
+        self._whole_rows: set[Place] = set()  # where neurons are dealt out to attention heads
         self._numbers: dict[Place, Any] = {}  # what operations compute with, in the dense model
         self.channels, self.frozen = self._group()
         while (failure := self._try_cuts()) is not None:
@@ -101,25 +105,34 @@ class NeuronGraph:
                 )
             self._stuck[failure.place] = str(failure)
             self.channels, self.frozen = self._group()
-        modules = {name: model.get_submodule(name) for name in self.channels}
+        modules = {name: rules.part(model, name) for name in self.channels}
         self.producers = [name for name, module in modules.items() if rules.is_producer(module)]
         self.hidden = [name for name in self.producers if self.frozen.get(name) != OUTPUT_REASON]
         self.consumers = [name for name in self.producers if not rules.is_depthwise(modules[name])]
 
-    def macs(self, model: nn.Module) -> int:
-        """Multiply-accumulates of one example in eval mode, by torch's own counter; biases and norms not counted."""
-        with FlopCounterMode(display=False) as counter:
-            self._run(skeleton(model), self._programs[False], _Silent())
-        return int(counter.get_total_flops()) // (2 * self._inputs.batch_size)
+    def measure(self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor) -> Size:
+        """Cut a skeleton of the model, prove that it can do without these groups, and return the size it would have.
 
-    def verify(self, pruned: nn.Module, channels: Mapping[str, Channels]) -> None:
+        Raises:
+            CutError: if a layer would read other neurons than it should, or the model would no longer run.
+        """
+        small, remaining = skeleton(model), without(channels, gone)
+        Surgery(small, kept_without(channels, gone)).apply()
+        neurons = sum(len(remaining[name].outputs) for name in self.hidden)
+        return Size(neurons, sum(p.numel() for p in small.parameters()), self._verify(small, remaining))
+
+    def _verify(self, pruned: nn.Module, channels: Mapping[str, Channels]) -> int:
         """Prove on a skeleton that has been cut that each module reads exactly the neurons it should.
 
         The smaller model is traced anew, so that what its code makes of its own widths is seen as well.
 
+        Returns:
+            Multiply-accumulates of one example in eval mode, by torch's own counter; biases and norms not counted.
+
         Raises:
             CutError: if a module reads others, or the model no longer runs or computes with other numbers.
         """
+        macs = 0
         for training, dense in self._programs.items():
             try:
                 small = Program.of(pruned, training, rules.has_channels, dense.opaque)
@@ -131,18 +144,29 @@ class NeuronGraph:
                     raise FailedAtError(
                         (training, i), f"{a.target} is reached or not depending on the number of neurons"
                     )
-            self._run(pruned, small, _Verification(channels), self._numbers)
+            with FlopCounterMode(display=False) as counter:
+                self._run(pruned, small, _Verification(channels), self._numbers)
+            macs = int(counter.get_total_flops()) // (2 * self._inputs.batch_size)  # eval mode comes last
+        return macs
 
     def _run(
         self, bare: nn.Module, program: Program, table: rules.Table, expected: Mapping[Place, Any] | None = None
     ) -> dict[Place, Any]:
         """Run the ids of neurons through a skeleton; returns the numbers that its operations computed with."""
-        propagation = Propagation(bare, program, table, self._stuck, expected)
+        propagation = Propagation(bare, program, table, self._stuck, self._whole_rows, expected)
         propagation.run(*self._inputs.bind(program.graph))
         return propagation.numbers
 
     def _group(self) -> tuple[dict[str, Channels], dict[str, str]]:
-        """Collect who goes with whom."""
+        """Collect who goes with whom; once more where it turns out that rows can only go as a whole."""
+        while True:
+            table = self._grouped()
+            if table.heads <= self._whole_rows:
+                return table.groups()
+            self._whole_rows |= table.heads
+
+    def _grouped(self) -> _Grouping:
+        """Run the rules in every mode."""
         table = _Grouping(self._bare, self._whole)
         for program in self._programs.values():
             try:
@@ -155,7 +179,7 @@ class NeuronGraph:
         for name, reason in self._ignore.items():
             if name in table.outputs:
                 table.freeze(table.outputs[name], reason)
-        return table.groups()
+        return table
 
     def _try_cuts(self) -> FailedAtError | None:
         """Cut skeletons at random and verify them; returns what went wrong first, if anything did."""
@@ -167,7 +191,7 @@ class NeuronGraph:
             small = skeleton(self._bare)
             Surgery(small, kept_without(self.channels, gone)).apply()
             try:
-                self.verify(small, without(self.channels, gone))
+                self._verify(small, without(self.channels, gone))
             except FailedAtError as failure:
                 return failure
         return None
@@ -182,8 +206,11 @@ class _Grouping(rules.Table):
         self._ties: list[Tensor] = []
         self._reasons: dict[int, str] = {FIXED: "goes together with what is no neuron"}
         self._pinned = dict(whole)
+        self._dealt: dict[Place, Tensor] = {}
+        self.heads: set[Place] = set()
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
+        self.positions: dict[str, int] = {}
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         pairs = torch.unique(a.flatten() << 32 | b.flatten())  # each pair as one number: much faster than as columns
@@ -196,12 +223,29 @@ class _Grouping(rules.Table):
     def used_elsewhere(self, name: str) -> None:
         self._pinned.setdefault(name.rpartition(".")[0], f"{name} is used outside its module")
 
-    def layer(self, name: str, module: nn.Module, inputs: Tensor) -> Tensor:
+    def dealt(self, place: Place, ids: Tensor) -> None:
+        self._dealt[place] = ids
+
+    def contracted(self, ids: Tensor) -> None:
+        self.heads |= {place for place, dealt in self._dealt.items() if torch.isin(ids, dealt).any()}
+
+    def sized(self, attribute: str, ids: Tensor) -> None:
+        self.inputs[attribute], known = ids[:0], self.outputs.setdefault(attribute, ids)
+        if len(known) == len(ids):
+            self.tie(known, ids)
+        else:
+            self.freeze(torch.cat([known, ids]), f"{attribute} is the number of different neurons")
+
+    def layer(self, name: str, module: nn.Module, inputs: Tensor, positions: int) -> Tensor:
+        self.positions[name] = self.positions.get(name, 0) + positions
         if name in self.inputs:  # called again: position i reads, and is, the same neuron both times
             self.tie(self.inputs[name], inputs)
             return self.outputs[name]
         if rules.passes_channels(module):
             outputs = inputs
+            if isinstance(module, nn.GroupNorm):  # only whole groups: the statistics of each are its own
+                groups = inputs.reshape(module.num_groups, -1)
+                self.tie(groups[:, :1].expand_as(groups), groups)
         else:
             size = rules.channel_counts(module)[1]
             outputs = torch.arange(self._next, self._next + size)
@@ -211,6 +255,10 @@ class _Grouping(rules.Table):
         return outputs
 
     def _tie_groups(self, module: nn.Module, inputs: Tensor, outputs: Tensor) -> None:
+        if isinstance(module, nn.MultiheadAttention):
+            heads = outputs.reshape(3, -1, module.head_dim)
+            self.tie(heads[:1, :, :1].expand_as(heads), heads)
+            return
         groups = int(getattr(module, "groups", 1))
         if rules.is_depthwise(module):
             self.tie(outputs, inputs.repeat_interleave(len(outputs) // len(inputs)))
@@ -234,7 +282,7 @@ class _Grouping(rules.Table):
             inputs, outputs = labels[self.inputs[name]], labels[self.outputs[name]]
             channels[name] = Channels(inputs.clamp(min=FIXED), outputs.clamp(min=FIXED))
             stuck = outputs[outputs <= FIXED]
-            if len(stuck) and rules.is_producer(self._model.get_submodule(name)):
+            if len(stuck) and rules.is_producer(rules.part(self._model, name)):
                 frozen[name] = why[-int(stuck[0])]
         return channels, frozen
 
@@ -258,19 +306,6 @@ class _Grouping(rules.Table):
                         self._pinned[name] = self._pinned[known[0]] = f"{name} and {known[0]} share a parameter"
 
 
-class _Silent(rules.Table):
-    """Listens to nothing; for runs that only count."""
-
-    def tie(self, a: Tensor, b: Tensor) -> None: ...
-
-    def freeze(self, ids: Tensor, reason: str) -> None: ...
-
-    def used_elsewhere(self, name: str) -> None: ...
-
-    def layer(self, name: str, module: nn.Module, inputs: Tensor) -> Tensor:
-        return inputs if rules.passes_channels(module) else torch.full([rules.channel_counts(module)[1]], FIXED)
-
-
 class _Verification(rules.Table):
     """Knows what each layer of a cut model should read, and checks that it does."""
 
@@ -285,9 +320,7 @@ class _Verification(rules.Table):
         if bool((ids != FIXED).any()):
             raise CutError(reason)
 
-    def used_elsewhere(self, name: str) -> None: ...
-
-    def layer(self, name: str, module: nn.Module, inputs: Tensor) -> Tensor:
+    def layer(self, name: str, module: nn.Module, inputs: Tensor, positions: int) -> Tensor:
         if not torch.equal(self._channels[name].inputs, inputs):
             raise CutError("after a cut, it would read other neurons than it should")
         return self._channels[name].outputs

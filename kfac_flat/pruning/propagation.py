@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+import operator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,12 +13,10 @@ from kfac_flat.nested import map_tensors, tensors
 from kfac_flat.pruning import rules
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.ids import fixed
+from kfac_flat.pruning.rules import Place
 from kfac_flat.pruning.tracing import Program, without_data
 
 OUTPUT_REASON = "forms the model's output"
-
-# An operation: train or eval mode, and its place in the graph.
-Place: TypeAlias = tuple[bool, int]
 
 
 class FailedAtError(CutError):
@@ -36,6 +35,7 @@ class Propagation(fx.Interpreter):
         program: Its trace.
         table: Where rules report.
         stuck: Operations whose neurons are frozen whatever the rules say, with the reason.
+        whole_rows: Operations that deal neurons out to rows (attention heads) which go as a whole.
         expected: Numbers that the operations of the dense model were called with; a cut must not change them, except
             where data are merely moved. None if this is the dense model.
     """
@@ -46,12 +46,16 @@ class Propagation(fx.Interpreter):
         program: Program,
         table: rules.Table,
         stuck: Mapping[Place, str],
+        whole_rows: Collection[Place],
         expected: Mapping[Place, Any] | None = None,
     ) -> None:
         super().__init__(_prepared(bare, program), graph=program.graph)
         self.extra_traceback = False  # errors here are the user's, and say which operation they concern
         self.numbers: dict[Place, Any] = {}
-        self._program, self._table, self._stuck, self._expected = program, table, stuck, expected
+        self._program, self._table, self._stuck, self._whole_rows, self._expected = (
+            *(program, table, stuck),
+            *(whole_rows, expected),
+        )
         self._places = {n: (program.training, i) for i, n in enumerate(program.graph.nodes)}
         self._ids: dict[fx.Node, Any] = {}
 
@@ -97,7 +101,7 @@ class Propagation(fx.Interpreter):
         if n.op == "output":
             self._freeze(args, OUTPUT_REASON)
             return None
-        if n.op == "get_attr":
+        if n.op == "get_attr" and n.users:
             self._table.used_elsewhere(str(n.target))
         if n.op in ("placeholder", "get_attr") or not _any_tensor((args, kwargs)):
             return map_tensors(lambda t: fixed(t.shape), result)
@@ -113,15 +117,40 @@ class Propagation(fx.Interpreter):
         target: Any = n.target
         if n.op == "call_module":
             target = self.submodules[str(n.target)]
-            if rules.has_channels(target) and len(args) == 1 and not kwargs:
+            if rules.has_channels(target) and not rules.is_attention(target) and len(args) == 1 and not kwargs:
                 return rules.run_layer(self._table, str(n.target), target, args[0], result)
         rule = None if n.target in self._program.opaque else rules.find(target)
         if rule not in rules.MOVES:
             self._compare_numbers(n, args, kwargs)
         if rule is None:
             raise rules.NoRuleError("has no rule")
-        literals = _literals(n) if self._expected is None else frozenset()
-        return rule(rules.Operation(self._table, target, tuple(args), dict(kwargs), literals, result))
+        return rule(self._operation(n, target, args, kwargs, result))
+
+    def _operation(self, n: fx.Node, target: Any, args: Any, kwargs: Any, result: Any) -> rules.Operation:
+        """Put together what rules are told of a call."""
+        place = self._places[n]
+        return rules.Operation(
+            table=self._table,
+            target=target,
+            args=tuple(args),
+            kwargs=dict(kwargs),
+            result=result,
+            name=str(n.target) if n.op == "call_module" else "",
+            place=place,
+            unused=_unused(n, len(result)) if isinstance(result, tuple) else frozenset(),
+            whole_rows=place in self._whole_rows,
+            literals={} if self._expected is not None else self._literals(n),
+        )
+
+    def _literals(self, n: fx.Node) -> dict[int, list[str]]:
+        """Whole numbers written into a call, and the attributes of the calling module that have the same value."""
+        owner = next(reversed([path for path, _ in n.meta.get("nn_module_stack", {}).values()]), "")
+        held = vars(self.module.get_submodule(owner)) if isinstance(self.module, nn.Module) else {}
+        named: dict[int, list[str]] = {value: [] for value in _whole_numbers((n.args, n.kwargs))}
+        for attribute, value in held.items():
+            if type(value) is int and value in named:
+                named[value].append(f"{owner}.{attribute}" if owner else attribute)
+        return named
 
     def _compare_numbers(self, n: fx.Node, args: Any, kwargs: Any) -> None:
         """A number that an operation computes with must not depend on how many neurons there are."""
@@ -170,18 +199,20 @@ def _any_tensor(value: Any) -> bool:
     return next(tensors(value), None) is not None
 
 
-def _literals(n: fx.Node) -> frozenset[int]:
-    """Whole numbers in a call's arguments that were written there, not computed while tracing."""
-    found: set[int] = set()
+def _unused(n: fx.Node, count: int) -> frozenset[int]:
+    """Return which of a call's results nothing reads."""
+    taken = [user.args[1] if user.target is operator.getitem else None for user in n.users if user.users]
+    if not all(isinstance(i, int) for i in taken):
+        return frozenset()
+    return frozenset(range(count)) - {i % count for i in taken if isinstance(i, int)}
 
-    def visit(value: Any) -> None:
-        if isinstance(value, int):
-            found.add(value)
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                visit(item)
-        elif isinstance(value, dict):
-            visit(list(value.values()))
 
-    visit((n.args, n.kwargs))
-    return frozenset(found)
+def _whole_numbers(value: Any) -> Iterator[int]:
+    """Whole numbers among arguments that were written there, not computed while tracing."""
+    if type(value) is int:
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _whole_numbers(item)
+    elif isinstance(value, dict):
+        yield from _whole_numbers(list(value.values()))

@@ -7,20 +7,21 @@ only moves data is executed on the ids themselves. An operation without a rule i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfac_flat.nested import map_tensors
-from kfac_flat.pruning.ids import along, fixed, narrowed, read_along, varying_dims
+from kfac_flat.pruning.attention import FewerHeadsAttention
+from kfac_flat.pruning.ids import FIXED, along, fixed, narrowed, read_along, varying_dims
 
 
-class Table(Protocol):
-    """Where rules report what they find out about ids."""
+class Table:
+    """Where rules report what they find out about ids; this one listens to nothing, for runs that only count."""
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """State that the neurons at equal places (same shape) can only go together."""
@@ -31,8 +32,22 @@ class Table(Protocol):
     def used_elsewhere(self, name: str) -> None:
         """State that a parameter or buffer is used by other code than its module's."""
 
-    def layer(self, name: str, module: nn.Module, inputs: Tensor) -> Tensor:
-        """Note what a layer reads, channel by channel, and return the ids of its outputs."""
+    def layer(self, name: str, module: nn.Module, inputs: Tensor, positions: int) -> Tensor:
+        """Note what a layer reads, channel by channel, and at how many positions; return the ids of its outputs."""
+        return inputs if passes_channels(module) else fixed(torch.Size([channel_counts(module)[1]]))
+
+    def dealt(self, place: Place, ids: Tensor) -> None:
+        """State that an operation deals these neurons out in rows that all lose the same ones."""
+
+    def contracted(self, ids: Tensor) -> None:
+        """State that these neurons are summed over, so that rows they are dealt out in can only go as a whole."""
+
+    def sized(self, attribute: str, ids: Tensor) -> None:
+        """State that this attribute of a module (its path and name) is the number of these ids."""
+
+
+# An operation of a traced model: train or eval mode, and its place in the graph.
+Place: TypeAlias = tuple[bool, int]
 
 
 class NoRuleError(Exception):
@@ -48,16 +63,25 @@ class Operation:
         target: A function, the name of a tensor method, or a module.
         args: Positional arguments, ids in place of tensors.
         kwargs: Keyword arguments, likewise.
-        literals: Whole numbers written into the call rather than computed from shapes.
         result: What the call returned, tensors without data.
+        name: Name of the module, if the target is one.
+        place: Where in the model the call is.
+        unused: Which of its results nothing reads.
+        whole_rows: Whether rows that it deals neurons out to (attention heads) are to go as a whole.
+        literals: Whole numbers written into the call rather than computed from shapes, each with the attributes of the
+            calling module that it may have been taken from.
     """
 
     table: Table
     target: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    literals: frozenset[int]
     result: Any
+    name: str
+    place: Place
+    unused: frozenset[int]
+    whole_rows: bool
+    literals: Mapping[int, Sequence[str]]
 
     @property
     def subject(self) -> Tensor:
@@ -86,7 +110,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 PRODUCERS = (nn.Linear, *CONVS, *TRANSPOSED)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-PASSING = (*BATCH_NORMS, *INSTANCE_NORMS, nn.PReLU)
+PASSING = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.PReLU)
 
 
 def _is(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> bool:
@@ -95,12 +119,52 @@ def _is(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> bool:
     return same and "weight" in module._parameters
 
 
-def is_producer(module: nn.Module) -> bool:
-    """Tell whether the module's output channels are neurons: Linear and convolutions."""
-    return _is(module, PRODUCERS) and not (isinstance(module, TRANSPOSED) and module.groups > 1)
+def is_producer(module: nn.Module | SizeAttribute) -> bool:
+    """Tell whether the module's output channels are neurons: Linear, convolutions, the projections of attention."""
+    if isinstance(module, SizeAttribute):
+        return False
+    plain = _is(module, PRODUCERS) and not (isinstance(module, TRANSPOSED) and module.groups > 1)
+    return plain or is_attention(module)
 
 
-def is_depthwise(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
+    """Tell whether the module is torch's multi-head attention over sequences of one width."""
+    return (
+        isinstance(module, nn.MultiheadAttention)
+        and type(module).forward in (nn.MultiheadAttention.forward, FewerHeadsAttention.forward)
+        and module._parameters.get("in_proj_weight") is not None  # asked of no attribute: that would be traced
+        and module.bias_k is None
+        and not module.add_zero_attn
+    )
+
+
+@dataclass(frozen=True)
+class SizeAttribute:
+    """A number that a module holds and that is to follow the number of neurons, such as that of attention heads."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def value(self) -> int:
+        """The number."""
+        value: int = getattr(self.module, self.name)
+        return value
+
+
+def part(model: nn.Module, path: str) -> nn.Module | SizeAttribute:
+    """Return what is cut under this name: a module, or a number that one holds.
+
+    Raises:
+        AttributeError: if there is none.
+    """
+    owner, _, name = path.rpartition(".")
+    if isinstance(vars(model.get_submodule(owner)).get(name), int):
+        return SizeAttribute(model.get_submodule(owner), name)
+    return model.get_submodule(path)
+
+
+def is_depthwise(module: nn.Module | SizeAttribute) -> bool:
     """Tell whether every output channel of a convolution reads a single input channel, with which it goes."""
     return isinstance(module, CONVS) and module.groups == module.in_channels > 1
 
@@ -115,14 +179,26 @@ def has_channels(module: nn.Module) -> bool:
     return is_producer(module) or passes_channels(module)
 
 
-def channel_counts(module: nn.Module) -> tuple[int, int]:
-    """Number of input and output channels of a module that has channels.
+def weight_of(module: nn.Module) -> nn.Parameter:
+    """Return the weight by which a producer reads: ``[C_out, C_in / groups, *kernel]``, unless it is TRANSPOSED."""
+    weight: nn.Parameter = module.in_proj_weight if is_attention(module) else module.weight  # type: ignore[assignment]
+    return weight
+
+
+def channel_counts(module: nn.Module | SizeAttribute) -> tuple[int, int]:
+    """Number of input and output channels of a module that has channels; an attribute has outputs only.
 
     Raises:
         TypeError: if it has none.
     """
+    if isinstance(module, SizeAttribute):
+        return 0, module.value
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
+    if isinstance(module, nn.MultiheadAttention):
+        return module.in_proj_weight.shape[1], module.in_proj_weight.shape[0]
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels, module.num_channels
     if isinstance(module, (*CONVS, *TRANSPOSED)):
         return module.in_channels, module.out_channels
     if isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
@@ -149,7 +225,43 @@ def run_layer(table: Table, name: str, module: nn.Module, x: Tensor, result: Ten
     if inputs is None:
         table.freeze(x, f"{name} reads different neurons at different positions")
         inputs = fixed(torch.Size([x.shape[dim]]))
-    return along(table.layer(name, module, inputs), dim, result.shape)
+    reader = x if isinstance(module, TRANSPOSED) else result  # what runs over the positions of the weight
+    positions = reader.numel() // max(1, reader.shape[dim])
+    return along(table.layer(name, module, inputs, positions), dim, result.shape)
+
+
+def _attend(op: Operation) -> Any:
+    """Torch's multi-head attention: heads go whole, in all three projections and the columns that read them."""
+    module, (q, k, v) = op.target, _attended(*op.args, **op.kwargs)
+    if 1 not in op.unused:
+        raise NoRuleError("returns attention weights that are used")
+    lines = [line for line in (read_along(ids, ids.dim() - 1) for ids in (q, k, v)) if line is not None]
+    if len(lines) < 3:
+        raise NoRuleError("reads different neurons at different positions")
+    for line in lines[1:]:  # one matrix reads all three
+        op.table.tie(lines[0], line)
+    positions = (q.numel() // q.shape[-1] + 2 * k.numel() // k.shape[-1]) // 3
+    projected = op.table.layer(op.name, module, lines[0], positions)
+    heads = projected[: len(projected) // 3]
+    out = op.table.layer(f"{op.name}.out_proj", module.out_proj, heads, q.numel() // q.shape[-1])
+    attended, weights = op.result
+    return along(out, attended.dim() - 1, attended.shape), None if weights is None else fixed(weights.shape)
+
+
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sort out the arguments of ``nn.MultiheadAttention`` by the names that torch gives them."""
+    if attn_mask is not None and attn_mask.dim() > 2:
+        raise NoRuleError("has a mask that differs from head to head")
+    return query, key, value
 
 
 # ---------------------------------------------------------------- operations without channels of their own
@@ -245,16 +357,44 @@ def _move(op: Operation) -> Any:
         raise NoRuleError("moves neurons that lie along two axes")
     moved = op.on(along(torch.arange(len(line)), axes[0], op.subject.shape))
     parts = [moved] if isinstance(moved, Tensor) else list(moved)
-    for part in parts:
-        for size in (part.shape[d] for d in varying_dims(part)[-1:]):  # an axis before it would be one of rows
-            if op.target in _SIZED and size in op.literals:
-                raise NoRuleError(f"has a size that depends on the neurons, {size}, written into it")
-    row = len(line)
+    row, length = len(line), 1
     if not all(_in_order(part, len(line)) for part in parts):
         rows = _rows(parts, len(line))
-        op.table.tie(line[rows[:1]].expand(rows.shape), line[rows])
         row = rows.shape[1]
-    return map_tensors(lambda places: _lookup(line, places % row), moved)
+        if op.whole_rows and len(parts) == 1:
+            length, row = row, _heads(op, parts[0], line, rows)
+        else:
+            op.table.tie(line[rows[:1]].expand(rows.shape), line[rows])
+            op.table.dealt(op.place, line)
+    ids: Any = map_tensors(lambda places: _lookup(line, places % row // length * length), moved)
+    for part in [ids] if isinstance(ids, Tensor) else ids:
+        for d in varying_dims(part)[-1:]:  # an axis before it would be one of rows
+            _follow_size(op, part.shape[d], part, d)
+    return ids
+
+
+def _heads(op: Operation, places: Tensor, line: Tensor, rows: Tensor) -> int:
+    """Tie the neurons of each row, and rows that differ in an axis further out (query, key and value).
+
+    Returns:
+        How many neurons lie between a neuron and its like in the next repetition of all rows.
+    """
+    axes = varying_dims(places)
+    heads = places.shape[axes[-2]] if len(axes) > 1 else len(rows)
+    apart = line[rows.reshape(-1, heads, rows.shape[1])]
+    op.table.tie(apart[:1, :, :1].expand_as(apart), apart)
+    return heads * rows.shape[1]
+
+
+def _follow_size(op: Operation, size: int, ids: Tensor, dim: int) -> None:
+    """A size that is written into the call and depends on the neurons must be an attribute that can follow them."""
+    if op.target not in _SIZED or size not in op.literals:
+        return
+    attributes, sized = op.literals[size], read_along(ids, dim)
+    if len(attributes) != 1 or sized is None:
+        held = f" and {len(attributes)} attributes of its module have that value" if attributes else ""
+        raise NoRuleError(f"has a size that depends on the neurons, {size}, written into it{held}")
+    op.table.sized(attributes[0], sized)
 
 
 def _in_order(places: Tensor, count: int) -> bool:
@@ -270,8 +410,9 @@ def _in_order(places: Tensor, count: int) -> bool:
 def _rows(parts: list[Tensor], count: int) -> Tensor:
     """Return the places ``[rows, neurons per row]`` that neurons were dealt out to, in order."""
     lines: list[Tensor | None] = []
-    if len(parts) == 1 and len(axes := varying_dims(parts[0])) == 2:
-        lines = [read_along(row, axes[1] - 1) for row in parts[0].unbind(axes[0])]
+    if len(parts) == 1 and len(axes := varying_dims(parts[0])) > 1:
+        dealt = parts[0][tuple(slice(None) if d in axes else 0 for d in range(parts[0].dim()))]
+        lines = list(dealt.reshape(-1, dealt.shape[-1]))
     elif all(len(varying_dims(part)) == 1 for part in parts):
         lines = [read_along(part, varying_dims(part)[0]) for part in parts]
     rows = [line for line in lines if line is not None]
@@ -286,6 +427,142 @@ def _lookup(line: Tensor, places: Tensor) -> Tensor:
     """Put in for every place what stands there in ``line``."""
     (small,) = narrowed(places)
     return line[small].expand(places.shape)
+
+
+def _contraction(op: Operation, operands: Sequence[Tensor], axes: Sequence[str], result: str) -> Tensor:
+    """A sum of products, axes named by letters: neurons may lie along one axis, which is not summed over."""
+    along_axes = {letters[d] for ids, letters in zip(operands, axes, strict=True) for d in varying_dims(ids)}
+    if not along_axes:
+        return _one_neuron(op, operands)
+    if len(along_axes) > 1 or not along_axes <= set(result):
+        for ids in operands:
+            op.table.contracted(ids)
+        raise NoRuleError("sums over, or multiplies, different neurons")
+    (letter,) = along_axes
+    lines = []
+    for ids, letters in zip(operands, axes, strict=True):
+        d = letters.find(letter)
+        if d >= 0 and ids.shape[d] > 1:
+            lines += [line for line in [read_along(ids, d)] if line is not None]
+        else:
+            op.table.freeze(ids, "multiplies several other neurons at once")
+    for line in lines[1:]:
+        op.table.tie(lines[0], line)
+    return along(lines[0], result.index(letter), op.result.shape)
+
+
+def _one_neuron(op: Operation, operands: Sequence[Tensor]) -> Tensor:
+    """A product of tensors each of which is one neuron (the last head that is left), or none, throughout."""
+    neurons = [ids for ids in operands if int(ids.flatten()[0]) != FIXED]
+    for ids in neurons[1:]:
+        op.table.tie(neurons[0].flatten()[:1], ids.flatten()[:1])
+    return (neurons or operands)[0].flatten()[0].expand(op.result.shape)
+
+
+_BATCH_AXES = "abcdefgh"
+
+
+def _matmul(op: Operation) -> Tensor:
+    """Matrix products of batches: heads, which lie along a batch axis, stay apart."""
+    a, b = _factors(*op.args, **op.kwargs)
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        raise NoRuleError("is not called on tensors")
+    (a_batch, a_own), (b_batch, b_own) = (_batch_axes(t, own) for t, own in ((a, "mk"), (b, "kn")))
+    if b.dim() == 1:
+        b_own = "k"
+    batch = max(a_batch, b_batch, key=len)
+    return _contraction(op, (a, b), (a_batch + a_own, b_batch + b_own), batch + (a_own + b_own).replace("k", ""))
+
+
+def _factors(input: Any = None, other: Any = None, *, mat2: Any = None) -> tuple[Any, Any]:
+    """Sort out the arguments of matrix products by the names that torch gives them."""
+    return input, mat2 if other is None else other
+
+
+def _batch_axes(t: Tensor, own: str) -> tuple[str, str]:
+    """Name the axes of a batch of matrices: those of the batch, aligned at the right, and the last two."""
+    if t.dim() < 2:
+        return "", own[-1:]
+    if t.dim() - 2 > len(_BATCH_AXES):
+        raise NoRuleError("has more axes than are followed")
+    return _BATCH_AXES[len(_BATCH_AXES) - (t.dim() - 2) :], own
+
+
+def _einsum(op: Operation) -> Tensor:
+    """Products written with letters."""
+    equation, *operands = op.args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    sides = str(equation).replace(" ", "").split("->")
+    axes = sides[0].split(",")
+    if len(sides) != 2 or "." in sides[0] or any(len(set(letters)) < len(letters) for letters in axes):
+        raise NoRuleError("is followed only if it names every axis, each once, and the result's after an arrow")
+    return _contraction(op, operands, axes, sides[1])
+
+
+def _attention(op: Operation) -> Tensor:
+    """Scaled dot products: heads lie along a batch axis; keys and values may have fewer, each for several queries."""
+    q, k, v, mask = _queries(*op.args, **op.kwargs)
+    if op.kwargs.get("enable_gqa") and k.shape[-3] != q.shape[-3]:
+        k, v = (ids.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3) for ids in (k, v))
+    operands = [q, k, v] if mask is None else [q, k, v, mask]
+    axes = ["".join(_batch_axes(t, own)) for t, own in zip(operands, ("tk", "sk", "sv", "ts"), strict=False)]
+    return _contraction(op, operands, axes, axes[0][:-1] + "v")
+
+
+def _queries(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **__: Any) -> tuple[Any, ...]:
+    """Sort out the arguments of ``scaled_dot_product_attention`` by the names that torch gives them."""
+    return query, key, value, attn_mask
+
+
+def _normalised(op: Operation) -> Tensor:
+    """Softmax and the like over one axis, along which the neuron is the same."""
+    module = isinstance(op.target, nn.Module)
+    dim = op.target.dim if module else op.args[1] if len(op.args) > 1 else op.kwargs.get("dim")
+    if not isinstance(dim, int) or dim % op.subject.dim() in varying_dims(op.subject):
+        raise NoRuleError("normalises over different neurons")
+    return op.subject
+
+
+def _layer_norm(op: Operation) -> Tensor:
+    """Statistics over the last axes, which would be others without some of the neurons that lie there."""
+    ids, module = op.subject, op.target
+    if any(d >= ids.dim() - len(module.normalized_shape) for d in varying_dims(ids)):
+        raise NoRuleError("takes its statistics over all neurons")
+    return ids
+
+
+def _pixel_shuffle(op: Operation) -> Tensor:
+    """Each output channel is woven from a block of input channels, which goes as a whole."""
+    factor = op.target.upscale_factor if isinstance(op.target, nn.PixelShuffle) else _factor(*op.args, **op.kwargs)
+    line = read_along(op.subject, op.subject.dim() - 3)
+    if line is None:
+        raise NoRuleError("moves neurons that lie along two axes")
+    blocks = line.reshape(-1, factor**2)
+    op.table.tie(blocks[:, :1].expand_as(blocks), blocks)
+    return along(blocks[:, 0].contiguous(), op.result.dim() - 3, op.result.shape)
+
+
+def _pixel_unshuffle(op: Operation) -> Tensor:
+    """Each channel becomes a block of channels."""
+    factor = op.target.downscale_factor if isinstance(op.target, nn.PixelUnshuffle) else _factor(*op.args, **op.kwargs)
+    line = read_along(op.subject, op.subject.dim() - 3)
+    if line is None:
+        raise NoRuleError("moves neurons that lie along two axes")
+    return along(line.repeat_interleave(factor**2), op.result.dim() - 3, op.result.shape)
+
+
+def _factor(input: Any = None, upscale_factor: int | None = None, downscale_factor: int | None = None, **_: Any) -> int:
+    """Read the factor off the arguments of ``pixel_shuffle`` or ``pixel_unshuffle``."""
+    factor = upscale_factor if downscale_factor is None else downscale_factor
+    if factor is None:
+        raise NoRuleError("is called without a factor")
+    return factor
+
+
+def _record(op: Operation) -> Any:
+    """Several results under names."""
+    return op.target(*op.args, **op.kwargs)
 
 
 def _same_shape(op: Operation) -> Any:
@@ -327,11 +604,18 @@ MODULE_RULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys((nn.ZeroPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.ConstantPad2d), _spatial(2)),
     **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), _resize),
     nn.PReLU: _same_shape,
+    nn.MultiheadAttention: _attend,
+    FewerHeadsAttention: _attend,
+    **dict.fromkeys((nn.Softmax, nn.LogSoftmax), _normalised),
+    nn.LayerNorm: _layer_norm,
+    nn.PixelShuffle: _pixel_shuffle,
+    nn.PixelUnshuffle: _pixel_unshuffle,
 }
 
 _ELEMENTWISE_NAMES = (
     *("add", "sub", "mul", "div", "true_divide", "pow", "maximum", "minimum", "neg", "abs", "exp", "log", "sqrt"),
     *("rsqrt", "square", "sigmoid", "tanh", "relu", "clamp", "clip", "erf", "sin", "cos", "where", "lerp", "round"),
+    "masked_fill",
 )
 _SAME_SHAPE_FUNCTIONS = (
     *(F.relu, F.relu6, F.leaky_relu, F.elu, F.celu, F.selu, F.gelu, F.silu, F.mish, F.softplus, F.softsign),
@@ -356,6 +640,12 @@ FUNCTION_RULES: dict[Any, Rule] = {
     torch.cat: _cat,
     torch.concat: _cat,
     torch.concatenate: _cat,
+    **dict.fromkeys((torch.matmul, torch.bmm, operator.matmul), _matmul),
+    torch.einsum: _einsum,
+    F.scaled_dot_product_attention: _attention,
+    **dict.fromkeys((torch.softmax, torch.log_softmax, F.softmax, F.log_softmax), _normalised),
+    **dict.fromkeys((torch.pixel_shuffle, F.pixel_shuffle), _pixel_shuffle),
+    **dict.fromkeys((torch.pixel_unshuffle, F.pixel_unshuffle), _pixel_unshuffle),
     F.pad: _pad,
     F.interpolate: _resize,
     **dict.fromkeys(
@@ -376,6 +666,8 @@ METHOD_RULES: dict[str, Rule] = {
     **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"), _fresh),
     **dict.fromkeys(_REDUCTIONS, _reduce),
     "expand_as": _pointwise,
+    **dict.fromkeys(("matmul", "bmm", "__matmul__"), _matmul),
+    **dict.fromkeys(("softmax", "log_softmax"), _normalised),
     **dict.fromkeys((*_MOVES, "view", "expand", "t"), _move),
 }
 
@@ -398,5 +690,7 @@ def find(target: Any) -> Rule | None:
         return METHOD_RULES.get(target)
     if isinstance(target, nn.Module):
         return MODULE_RULES.get(type(target))
+    if isinstance(target, type) and issubclass(target, tuple):
+        return _record
     name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
     return FUNCTION_RULES.get(target) or NAMED_RULES.get(name)

@@ -59,7 +59,7 @@ class Saliency:
             direct: Gradient at the input masks that does not go through the weights, by the layer's weight, ``[C_in]``.
             scale: What the gradients in place have been multiplied with, if anything.
         """
-        weights: dict[str, nn.Parameter] = {n: m.weight for n, m in self._consumers.items()}  # type: ignore[misc]
+        weights: dict[str, nn.Parameter] = {n: rules.weight_of(m) for n, m in self._consumers.items()}
         with_gradient = {
             w: name for name, w in weights.items() if w.grad is not None
         }  # one name where several share it

@@ -19,7 +19,6 @@ from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without, without
 from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.saliency import Saliency
 from kfac_flat.pruning.surgery import Surgery
-from kfac_flat.pruning.tracing import skeleton
 from kfac_flat.structure import Kept, unwrap
 
 
@@ -99,7 +98,7 @@ class NeuronPruner:
         )
         self._channels = self._graph.channels
         self._kept = {n: (torch.arange(len(c.inputs)), torch.arange(len(c.outputs))) for n, c in self._channels.items()}
-        self._size = self._measure(self._model, self._channels)
+        self._size = self._graph.measure(self._model, self._channels, _NONE)
         self._original_neurons = self._size.neurons
         self._epoch = self._event = 0
         self.history: list[PruneReport] = []
@@ -192,11 +191,7 @@ class NeuronPruner:
         gone = self._groups.cheapest(scores, count, min_neurons=self._min_neurons, round_to=self._round_to)
         if not len(gone):
             return self._report(epoch, reason=self._why_less(scores)), gone
-        remaining = without(self._channels, gone)
-        small = skeleton(self._model)
-        Surgery(small, kept_without(self._channels, gone)).apply()
-        self._graph.verify(small, remaining)
-        after = self._measure(small, remaining)
+        after = self._graph.measure(self._model, self._channels, gone)
         reason = self._why_less(scores) if self._size.neurons - after.neurons < count else ""
         return self._report(epoch, gone, after, reason), gone
 
@@ -218,7 +213,7 @@ class NeuronPruner:
     def _knows_the_model(self) -> bool:
         """Tell whether the model's layers are as wide as this pruner left them."""
         return all(
-            rules.channel_counts(self._model.get_submodule(name)) == (len(c.inputs), len(c.outputs))
+            rules.channel_counts(rules.part(self._model, name)) == (len(c.inputs), len(c.outputs))
             for name, c in self._channels.items()
         )
 
@@ -242,10 +237,6 @@ class NeuronPruner:
         self._saliency.record(direct, getattr(stepping, "grad_scale", None))
 
     # ---------------------------------------------------------------- reporting
-
-    def _measure(self, model: nn.Module, channels: Mapping[str, Channels]) -> Size:
-        neurons = sum(len(channels[name].outputs) for name in self._graph.hidden)
-        return Size(neurons, sum(p.numel() for p in model.parameters()), self._graph.macs(model))
 
     def _widths(self, channels: Mapping[str, Channels]) -> dict[str, int]:
         return {name: len(channels[name].outputs) for name in self._graph.producers}
@@ -352,12 +343,13 @@ class NeuronPruner:
             raise ValueError("the state's saliency belongs to another number of groups than this model has")
         if len(gone):
             self._cut(gone)
-        self._size = self._measure(self._model, self._channels)
+        self._size = self._graph.measure(self._model, self._channels, _NONE)
         self._epoch, self._event = state_dict["epoch"], state_dict["event"]
         self._restart()
         self._saliency.load_state_dict(state_dict["saliency"])
 
 
+_NONE = torch.tensor([], dtype=torch.long)
 _FINISHED = "finished: the target has been reached or all events have passed"
 _UNSCORED = "no optimizer step with finite gradients since the last removal, so nothing is known of the neurons"
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kfac_flat.pruning import rules
+from kfac_flat.pruning.attention import FewerHeadsAttention
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.structure import Kept
 
@@ -28,16 +29,20 @@ class ModuleCut:
     """What a module becomes: the selection of each of its tensors, by name, and its new attributes."""
 
     tensors: dict[str, Selection]
-    attributes: dict[str, int]
+    attributes: dict[str, Any]
 
 
-def module_cut(module: nn.Module, kept: Kept) -> ModuleCut:
+def module_cut(module: nn.Module | rules.SizeAttribute, kept: Kept) -> ModuleCut:
     """Work out what keeping some channels means for a module.
 
     Raises:
         CutError: if the module has no rule, or a grouped convolution would get groups of unequal size.
     """
     inputs, outputs = kept.inputs, kept.outputs
+    if isinstance(module, rules.SizeAttribute):
+        return ModuleCut({}, {module.name: len(outputs)})
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention_cut(module, kept)
     if isinstance(module, nn.Linear):
         return ModuleCut(
             {"weight": {0: outputs, 1: inputs}, "bias": {0: outputs}},
@@ -45,6 +50,11 @@ def module_cut(module: nn.Module, kept: Kept) -> ModuleCut:
         )
     if isinstance(module, nn.PReLU):
         return ModuleCut({"weight": {0: outputs}}, {"num_parameters": len(outputs)})
+    if isinstance(module, nn.GroupNorm):
+        groups = _whole_blocks(outputs, module.num_channels // module.num_groups, f"groups of {module}")
+        return ModuleCut(
+            {"weight": {0: outputs}, "bias": {0: outputs}}, {"num_channels": len(outputs), "num_groups": len(groups)}
+        )
     if isinstance(module, (*rules.BATCH_NORMS, *rules.INSTANCE_NORMS)):
         names = ("weight", "bias", "running_mean", "running_var")
         return ModuleCut({name: {0: outputs} for name in names}, {"num_features": len(outputs)})
@@ -65,6 +75,35 @@ def module_cut(module: nn.Module, kept: Kept) -> ModuleCut:
             raise CutError(f"the groups of {module} would have outputs of unequal number")
         return ModuleCut({"weight": {0: outputs, 1: columns}, "bias": {0: outputs}}, attributes)
     raise CutError(f"{type(module).__name__} has no rule for cutting")
+
+
+def _attention_cut(module: nn.MultiheadAttention, kept: Kept) -> ModuleCut:
+    """Remove heads, the same of query, key and value, or input features."""
+    heads = _whole_blocks(kept.outputs, module.head_dim, f"heads of {module}")
+    per_projection = module.in_proj_weight.shape[0] // (3 * module.head_dim)
+    if not torch.equal(torch.cat([heads[heads < per_projection] + i * per_projection for i in range(3)]), heads):
+        raise CutError(f"query, key and value of {module} would lose different heads")
+    width = len(kept.inputs)
+    return ModuleCut(
+        {"in_proj_weight": {0: kept.outputs, 1: kept.inputs}, "in_proj_bias": {0: kept.outputs}},
+        {
+            "__class__": FewerHeadsAttention,
+            "num_heads": len(heads) // 3,
+            **dict.fromkeys(("embed_dim", "kdim", "vdim"), width),
+        },
+    )
+
+
+def _whole_blocks(positions: Tensor, length: int, what: str) -> Tensor:
+    """Return which blocks of this many channels the positions consist of.
+
+    Raises:
+        CutError: if some block is there only in part.
+    """
+    blocks = positions[::length] // length
+    if not torch.equal((blocks[:, None] * length + torch.arange(length)).flatten(), positions):
+        raise CutError(f"{what} would be cut in part")
+    return blocks
 
 
 def select(t: Tensor, selection: Selection) -> Tensor:
@@ -109,15 +148,16 @@ class Surgery:
     """
 
     def __init__(self, model: nn.Module, kept: Mapping[str, Kept], optimizer: Optimizer | None = None) -> None:
-        self._attributes: list[tuple[nn.Module, dict[str, int]]] = []
+        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
         self._selections: dict[Tensor, Selection] = {}
         self._names: dict[Tensor, str] = {}
         for name, keep in kept.items():
-            module = model.get_submodule(name)
-            cut = module_cut(module, keep)
-            self._attributes.append((module, cut.attributes))
+            part = rules.part(model, name)
+            cut = module_cut(part, keep)
+            owner = part.module if isinstance(part, rules.SizeAttribute) else part
+            self._attributes.append((owner, cut.attributes))
             for tensor_name, selection in cut.tensors.items():
-                t = getattr(module, tensor_name)
+                t = getattr(owner, tensor_name)
                 if t is not None:
                     self._names[t] = f"{name}.{tensor_name}"
                     self._note(t, selection)
@@ -230,13 +270,8 @@ def shrink(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
     if "layers" not in manifest:
         raise CutError('this is no manifest: it has no "layers", as NeuronPruner.state_dict() has')
     kept = {name: Kept(entry["in"].cpu(), entry["out"].cpu()) for name, entry in manifest["layers"].items()}
-    modules = dict(model.named_modules())
     for name, keep in kept.items():
-        if name not in modules:
-            raise CutError(f"the manifest names a module {name!r} that the model does not have")
-        if not rules.has_channels(modules[name]):
-            raise CutError(f"{name} ({type(modules[name]).__name__}) has no channels, but the manifest cuts it")
-        inputs, outputs = rules.channel_counts(modules[name])
+        inputs, outputs = _counts(model, name)
         for what, positions, size in (("input", keep.inputs, inputs), ("output", keep.outputs, outputs)):
             if positions.dtype != torch.int64 or (positions.diff() <= 0).any() or (positions < 0).any():
                 raise CutError(f"the manifest's {what} channels of {name} are no ascending int64 positions")
@@ -246,3 +281,18 @@ def shrink(model: nn.Module, manifest: Mapping[str, Any]) -> nn.Module:
                 )
     Surgery(model, kept).apply()
     return model
+
+
+def _counts(model: nn.Module, name: str) -> tuple[int, int]:
+    """Number of channels of what the manifest calls by this name.
+
+    Raises:
+        CutError: if the model has none such.
+    """
+    try:
+        part = rules.part(model, name)
+    except AttributeError as error:
+        raise CutError(f"the manifest names a module {name!r} that the model does not have") from error
+    if isinstance(part, nn.Module) and not rules.has_channels(part):
+        raise CutError(f"{name} ({type(part).__name__}) has no channels, but the manifest cuts it")
+    return rules.channel_counts(part)

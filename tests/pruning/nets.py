@@ -342,7 +342,76 @@ def gate_by_expand_as() -> nn.Module:
     return Net(forward, a=conv(2, 8), gate=conv(8, 8, 1), b=conv(8, 6), head=nn.Linear(6, 3))
 
 
+def group_norms() -> nn.Module:
+    return nn.Sequential(
+        *(conv(2, 8), nn.GroupNorm(4, 8), nn.ReLU(), conv(8, 6), nn.GroupNorm(6, 6, affine=False), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)),
+    )
+
+
+def pixel_shuffles() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = F.relu(net.up(net.a(x)))
+        return net.head(F.relu(net.b(F.pixel_unshuffle(x, 2))).mean((2, 3)))
+
+    return Net(forward, a=conv(2, 16), up=nn.PixelShuffle(2), b=conv(16, 6), head=nn.Linear(6, 3))
+
+
+class Attention(nn.Module):
+    """Heads as people write them: ``attend`` says how, from what ``qkv`` projects."""
+
+    def __init__(self, attend: Callable[[Any, Tensor], Tensor], qkv: bool = True, heads: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.all_heads, self.attend = heads, 3, 3 * heads, attend
+        if qkv:
+            self.qkv = nn.Linear(8, 9 * heads)
+        else:
+            self.q, self.k, self.v = (nn.Linear(8, 3 * heads) for _ in range(3))
+        self.proj = nn.Linear(3 * heads, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.attend(self, x))
+
+
+def chunked_heads(net: Any, x: Tensor) -> Tensor:
+    q, k, v = net.qkv(x).chunk(3, dim=-1)
+    q, k, v = (t.view(x.shape[0], x.shape[1], -1, net.head_dim).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+def packed_heads(net: Any, x: Tensor) -> Tensor:
+    n, t, _ = x.shape
+    q, k, v = net.qkv(x).reshape(n, t, 3, net.num_heads, net.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    weights = ((q * net.head_dim**-0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2).reshape(n, t, -1)
+
+
+def heads_by_attributes(net: Any, x: Tensor) -> Tensor:
+    n, t, _ = x.shape
+    q, k, v = (layer(x).view(n, t, net.num_heads, net.head_dim) for layer in (net.q, net.k, net.v))
+    weights = F.softmax(torch.einsum("nthd, nshd -> nhts", q, k) / net.head_dim**0.5, dim=-1)
+    return torch.einsum("nhts,nshd->nthd", weights, v).contiguous().view(n, t, net.all_heads)
+
+
+def transformer(attend: Callable[[Any, Tensor], Tensor], qkv: bool = True) -> Callable[[], nn.Module]:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.embed(x.transpose(1, 2))
+        x = x + net.attention(net.norm1(x))
+        x = x + net.mlp(net.norm2(x))
+        return net.head(x.mean(1))
+
+    return lambda: Net(
+        forward, embed=nn.Linear(2, 8), norm1=nn.LayerNorm(8), attention=Attention(attend, qkv), norm2=nn.LayerNorm(8),
+        mlp=nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)), head=nn.Linear(8, 3),
+    )  # fmt: skip
+
+
 CASES = {
+    "group_norms": Case(group_norms, images),
+    "pixel_shuffles": Case(pixel_shuffles, images),
+    "chunked_heads": Case(transformer(chunked_heads), sequences),
+    "packed_heads": Case(transformer(packed_heads), sequences),
+    "heads_by_attributes": Case(transformer(heads_by_attributes, qkv=False), sequences),
     "channel_shuffle": Case(channel_shuffle, images),
     "unet": Case(unet, images),
     "gate_by_expand_as": Case(gate_by_expand_as, images),
