@@ -605,11 +605,6 @@ def multiply(p: Drawing, source: int) -> None:
     p.call(p.one_of(gated, torch.mul, torch.maximum), source, p.one_of(*alike(p, source)))
 
 
-def vectors_for(p: Drawing, source: int) -> list[int]:
-    shape = p.shapes[source]
-    return [i for i in range(1, len(p.shapes)) if is_map(shape) and p.shapes[i] == shape[:1]]
-
-
 def spread(x: Tensor, vector: Tensor) -> Tensor:
     return x + vector[:, :, None, None]
 
@@ -618,9 +613,11 @@ def spread_by_unsqueeze(x: Tensor, vector: Tensor) -> Tensor:
     return x * vector.unsqueeze(-1).unsqueeze(-1).expand_as(x)
 
 
-@kind_where(lambda p, i: bool(vectors_for(p, i)))
+@kind(is_map)
 def broadcast(p: Drawing, source: int) -> None:
-    p.call(p.one_of(spread, spread_by_unsqueeze), source, p.one_of(*vectors_for(p, source)))
+    channels = p.shapes[source][0]
+    vector = p.layer(nn.Linear, p.call(partial(torch.amax, dim=(2, 3)), source), channels, channels)
+    p.call(p.one_of(spread, spread_by_unsqueeze), source, vector)
 
 
 @kind(is_map)
@@ -636,6 +633,21 @@ def residual(p: Drawing, source: int) -> None:
     inner = p.layer(nn.Conv2d, source, channels, width(p, source), 3, padding=1, bias=False)
     inner = p.layer(nn.ReLU, p.layer(nn.BatchNorm2d, inner, p.shapes[inner][0]))
     p.call(operator.iadd, p.layer(nn.Conv2d, inner, p.shapes[inner][0], channels, 3, padding=1), source)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, heads: int, size: int) -> Tensor:
+    n, count, _ = q.size()
+    q, k, v = (t.view(n, count, heads, size).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, count, -1)
+
+
+@kind(is_tokens)
+def attention(p: Drawing, source: int) -> None:
+    channels, inner = p.shapes[source][1], 12
+    heads, size = p.one_of((-1, 3), (3, 4), (4, -1))
+    qkv = [p.layer(nn.Linear, source, channels, inner) for _ in range(3)]
+    mixed = p.call(partial(attended, heads=heads, size=size), *qkv)
+    p.call(operator.add, source, p.layer(nn.Linear, mixed, inner, channels))
 
 
 # ---------------------------------------------------------------- element by element
