@@ -699,6 +699,10 @@ _LIKELY = (
     "cat",
     "shared_module",
 )
+# Instructions after which every neuron stays that they read: they mix neurons, or have their number written into them.
+KEEPING = {"layer_norm", "softmax", "uneven_split", "channels_cut_out", "mix_tokens", "parametrized", "unflatten"}
+KEEPING |= {"grouped_transposed_conv", "pixel_unshuffle"}
+_CUTTING = tuple(kind for kind in KINDS if kind not in KEEPING)
 _ENDING = {3: (2, 3), 2: (1,), 1: ()}
 
 
@@ -717,15 +721,15 @@ def finish(p: Drawing) -> list[int]:
 
 
 @st.composite
-def architectures(draw: Any, favourites: tuple[str, ...] = tuple(KINDS)) -> Architecture:
+def architectures(draw: Any, favourites: tuple[str, ...] = _CUTTING) -> Architecture:
     """Draw a program of up to eight instructions, one of these kinds being likelier than all the others."""
     shape = draw(st.sampled_from([(2, 6, 6), (3, 4, 8), (2, 5, 7), (6, 5), (6,)]))
     favourite = draw(st.sampled_from(favourites))
     p = Drawing(draw, [shape])
-    for number in range(draw(st.integers(2, 8))):
+    for number in range(draw(st.integers(3, 8))):
         sources = recent(p) if number else [0]
         names = [n for n in (KINDS if number else FIRST) if any(KINDS[n].reads(p, i) for i in sources)]
-        likely = [n for n in _LIKELY if n in names] + [favourite] * (favourite in names) * (len(names) // 2)
+        likely = [n for n in _LIKELY if n in names] + [favourite] * (favourite in names) * (len(names) // 3)
         p.kind = draw(st.sampled_from(names + likely))
         chosen = KINDS[p.kind]
         chosen.emit(p, draw(st.sampled_from([i for i in sources if chosen.reads(p, i)])))

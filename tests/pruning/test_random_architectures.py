@@ -13,12 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from kfac_flat import NeuronPruner
-from tests.pruning.architectures import KINDS, Architecture, Interpreter, architectures
+from tests.pruning.architectures import KEEPING, KINDS, Architecture, Interpreter, architectures
 from tests.pruning.masking import assert_exact, distance, outputs_of, pruner_for, random_gradients
-
-# Instructions after which every neuron stays that they read: they mix neurons, or have their number written into them.
-WHOLE = {"layer_norm", "softmax", "uneven_split", "channels_cut_out", "mix_tokens", "parametrized"}
-WHOLE |= {"grouped_transposed_conv", "pixel_unshuffle", "unflatten"}
 
 
 def counts_in(refusal: str) -> tuple[int, int]:
@@ -114,7 +110,7 @@ def shrunk(architecture: Architecture) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in WHOLE])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in KEEPING])
 def test_every_kind_of_instruction_meets_neurons_that_go(kind: str) -> None:
     def meets(architecture: Architecture) -> bool:
         return any(step.kind == kind for step in architecture.steps) and kind in shrunk(architecture)
