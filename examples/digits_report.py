@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from kfac_flat.pruning import picture
+
 if TYPE_CHECKING:
     from examples.digits import Epoch, Run, Settings
 
-# Colours that stay apart for every kind of colour vision [Okabe & Ito 2008], the dense network in grey.
-COLOURS = ("#5f5f5f", "#0072b2", "#d55e00")
+COLOURS = ("#5f5f5f", *picture.COLOURS[:2])  # the dense network in grey
 STYLES = ((0, ()), (0, ()), (0, (4, 1.5)))
-INK, FAINT = "#222222", "#e4e4e4"
 
 
 # ---------------------------------------------------------------- while it runs
@@ -109,7 +109,7 @@ def draw_history(results: Mapping[str, Sequence[Run]], path: Path, settings: Set
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 2))
     figure.get_layout_engine().set(hspace=0.07)
     for axes, quantity in zip(panels, ("accuracy", "rho", "sparsity"), strict=True):
-        tidy(axes)
+        picture.tidy(axes)
         axes.axvspan(settings.start, settings.start + settings.events - 1, color="#f4f1e8", zorder=0)
         for (name, runs), colour, style in zip(results.items(), COLOURS, STYLES, strict=True):
             curves = [[getattr(epoch, quantity) for epoch in run.epochs] for run in runs]
@@ -171,46 +171,8 @@ def unstretch(scaled: np.ndarray) -> np.ndarray:
 
 def draw_widths(results: Mapping[str, Sequence[Run]], path: Path) -> None:
     """Draw how many output channels each layer has left, within the bar of how many it had."""
-    dense, *pruned = results.items()
-    before = dense[1][0].widths
-    layers = [name for name in before if name != "head"]  # its outputs are the ten digits
-    figure = Figure(figsize=(8, 0.75 * len(layers) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    tidy(axes, grid="x")
-    rows = range(len(layers))
-    axes.barh(rows, [before[name] for name in layers], height=0.84, color=FAINT, label="dense")
-    for (name, runs), colour, offset in zip(pruned, COLOURS[1:], (-0.19, 0.19), strict=True):
-        widths = [mean(run.widths[layer] for run in runs) for layer in layers]
-        bars = axes.barh([row + offset for row in rows], widths, height=0.32, color=colour, label=name)
-        axes.bar_label(
-            bars, [f"{width:.1f}".removesuffix(".0") for width in widths], padding=4, color=colour, fontweight="bold"
-        )
-    for row, layer in enumerate(layers):
-        axes.annotate(
-            str(before[layer]),
-            (before[layer], row),
-            (-5, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            color="#8a8a8a",
-        )
-    axes.set_yticks(rows, layers)
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.01 * max(before.values()))
-    axes.set_xlabel("output channels")
-    seeds = len(dense[1])
-    axes.set_title(
-        "Width of each layer, before and after" + (f" (mean of {seeds} seeds)" if seeds > 1 else ""), loc="left"
-    )
-    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=12)
-    figure.savefig(path, dpi=160)
-
-
-def tidy(axes: Axes, grid: str = "y") -> None:
-    """Leave only the lines that help to read a value."""
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.grid(axis=grid, color=FAINT, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0)
+    (_, dense), *pruned = results.items()
+    before = {layer: width for layer, width in dense[0].widths.items() if layer != "head"}  # its outputs are digits
+    after = {name: {layer: mean(run.widths[layer] for run in runs) for layer in before} for name, runs in pruned}
+    seeds = f" (mean of {len(dense)} seeds)" if len(dense) > 1 else ""
+    picture.draw_widths(before, after, path, title=f"Width of each layer, before and after{seeds}", rest="dense")

@@ -7,11 +7,22 @@
 
 from kfac_flat.curvature import likelihood
 from kfac_flat.curvature.measure import spectral_radii
+from kfac_flat.distributed import rewrap
 from kfac_flat.optimizer import FlatKFAC
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.scheduler import NeuronPruner
 from kfac_flat.pruning.surgery import shrink
 
-__all__ = ["CutError", "FlatKFAC", "NeuronPruner", "PruneReport", "Size", "likelihood", "shrink", "spectral_radii"]
+__all__ = [
+    "CutError",
+    "FlatKFAC",
+    "NeuronPruner",
+    "PruneReport",
+    "Size",
+    "likelihood",
+    "rewrap",
+    "shrink",
+    "spectral_radii",
+]
 __version__ = "0.1.0"

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kfac_flat.pruning import rules
 from kfac_flat.pruning.budget import Groups
 from kfac_flat.pruning.errors import CutError
-from kfac_flat.pruning.ids import FIXED, components
+from kfac_flat.pruning.ids import FIXED, components, narrowed
 from kfac_flat.pruning.propagation import OUTPUT_REASON, FailedAtError, Propagation
 from kfac_flat.pruning.report import Size
 from kfac_flat.pruning.rules import Place
@@ -91,7 +91,7 @@ class NeuronGraph:
     ) -> None:
         self._inputs = ExampleInputs.of(example_inputs)
         self._bare = skeleton(model)
-        self._programs = trace(model, self._bare, rules.has_channels)
+        self._programs = trace(model, self._bare, rules.has_channels, rules.keeps_shape)
         self._ignore, self._whole = dict(ignore or {}), dict(whole or {})
         self._stuck: dict[Place, str] = {}  # operations that no rule gets right, found by trial
         self._whole_rows: set[Place] = set()  # where neurons are dealt out to attention heads
@@ -154,7 +154,8 @@ class NeuronGraph:
     ) -> dict[Place, Any]:
         """Run the ids of neurons through a skeleton; returns the numbers that its operations computed with."""
         propagation = Propagation(bare, program, table, self._stuck, self._whole_rows, expected)
-        propagation.run(*self._inputs.bind(program.graph))
+        with torch.no_grad():
+            propagation.run(*self._inputs.bind(program.graph))
         return propagation.numbers
 
     def _group(self) -> tuple[dict[str, Channels], dict[str, str]]:
@@ -227,7 +228,9 @@ class _Grouping(rules.Table):
         self._dealt[place] = ids
 
     def contracted(self, ids: Tensor) -> None:
-        self.heads |= {place for place, dealt in self._dealt.items() if torch.isin(ids, dealt).any()}
+        (small,) = narrowed(ids)
+        some = torch.unique(small)
+        self.heads |= {place for place, dealt in self._dealt.items() if torch.isin(some, dealt).any()}
 
     def sized(self, attribute: str, ids: Tensor) -> None:
         self.inputs[attribute], known = ids[:0], self.outputs.setdefault(attribute, ids)

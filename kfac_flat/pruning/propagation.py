@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Propagation(fx.Interpreter):
             FailedAtError: if either goes wrong.
         """
         try:
-            with torch.device("meta"), torch.no_grad():
+            with nullcontext() if self._stays_on_meta(n) else torch.device("meta"):
                 result = super().run_node(n)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise FailedAtError(self._places[n], f"{self._describe(n)} fails: {error}") from error
@@ -76,6 +77,14 @@ class Propagation(fx.Interpreter):
             raise FailedAtError(self._places[n], f"{self._describe(n)}: {error}") from error
         self._notice_changed_shapes(n)
         return result
+
+    def _stays_on_meta(self, n: fx.Node) -> bool:
+        """Tell whether a call is known to make no tensors but from those it is given; others make them without data."""
+        if n.op == "call_module":
+            module = self.submodules[str(n.target)]
+            return rules.has_channels(module) or rules.find(module) is not None
+        given = any(isinstance(self.env.get(source), Tensor) for source in n.all_input_nodes)
+        return n.op in ("get_attr", "output", "placeholder") or (given and rules.find(n.target) is not None)
 
     def fetch_attr(self, target: str) -> Any:
         """Look up a parameter, buffer, or tensor that was made while tracing."""

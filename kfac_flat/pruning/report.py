@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -20,15 +25,42 @@ class Size:
 class PruneReport:
     """One call of :meth:`NeuronPruner.step` or :meth:`NeuronPruner.plan`.
 
+    Print it for the news of an epoch, :meth:`table` for all layers, :meth:`plot` for a picture, :meth:`scalars` for a
+    logger such as TensorBoard. Reports can be compared, copied and pickled.
+
     Attributes:
         epoch: Number of ``step()`` calls so far, this one included.
-        removed: Channels that went, by layer: positions in the ORIGINAL layer, ascending.
+        removed: Channels that went, by layer: positions in the ORIGINAL layer, ascending, ``int64``.
         widths_before: Output channels of each layer before, by name.
         widths_after: The same afterwards.
         before: Size of the model before.
         after: Its size afterwards.
         sparsity: Removed neurons / original neurons, afterwards.
         reason: Why nothing went, or less than was due; empty otherwise.
+        frozen: Layers with neurons that cannot go, by name, and why.
+
+    Example:
+        >>> report = PruneReport(
+        ...     epoch=5, widths_before={"features.0": 64, "features.3": 192, "head": 10},
+        ...     widths_after={"features.0": 32, "features.3": 64, "head": 10},
+        ...     before=Size(256, 30_842, 2_116_224), after=Size(96, 5_634, 310_400), sparsity=0.625,
+        ...     frozen={"head": "forms the model's output"},
+        ... )
+        >>> print(report.table())
+        epoch 5: 62.5% of the neurons removed
+        <BLANKLINE>
+        layer       before  after  removed  share
+        features.0      64     32       32  50.0%
+        features.3     192     64      128  66.7%
+        head            10     10        -      -  [1]
+        <BLANKLINE>
+        neurons           256  ->       96  2.67x fewer
+        parameters     30,842  ->    5,634  5.47x fewer
+        MACs        2,116,224  ->  310,400  6.82x fewer
+        <BLANKLINE>
+        [1] frozen: forms the model's output
+        >>> report.scalars()["pruning/width/features.3"]
+        64.0
     """
 
     epoch: int
@@ -39,19 +71,145 @@ class PruneReport:
     sparsity: float
     removed: dict[str, Tensor] = field(default_factory=dict)
     reason: str = ""
+    frozen: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Tell whether anything went."""
         return bool(self.removed)
 
+    def __eq__(self, other: object) -> bool:
+        """Tell whether two reports say the same; their tensors could not be compared as a whole."""
+        return self._plain() == other._plain() if isinstance(other, PruneReport) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _plain(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return values | {"removed": {name: positions.tolist() for name, positions in self.removed.items()}}
+
     def __str__(self) -> str:
-        head = f"epoch {self.epoch}: {self.sparsity:.1%} of the neurons removed"
         if not self.removed:
-            return f"{head}; nothing went: {self.reason}"
-        sizes = ", ".join(
-            f"{getattr(self.before, what):,} -> {getattr(self.after, what):,} {what}"
-            for what in ("neurons", "parameters", "macs")
-        )
+            return f"{self._head}; nothing went: {self.reason}"
+        sizes = ", ".join(f"{before:,} -> {after:,} {what.lower()}" for what, before, after in self._sizes)
         changed = [n for n, width in self.widths_after.items() if width != self.widths_before[n]]
         widths = ", ".join(f"{n} {self.widths_before[n]} -> {self.widths_after[n]}" for n in changed)
-        return "\n".join(filter(None, [head, f"  {sizes}", f"  {widths}", self.reason and f"  {self.reason}"]))
+        return "\n".join(filter(None, [self._head, f"  {sizes}", f"  {widths}", self.reason and f"  {self.reason}"]))
+
+    @property
+    def _head(self) -> str:
+        return f"epoch {self.epoch}: {self.sparsity:.1%} of the neurons removed"
+
+    @property
+    def _sizes(self) -> list[tuple[str, int, int]]:
+        names = {"neurons": "neurons", "parameters": "parameters", "MACs": "macs"}
+        return [(what, getattr(self.before, name), getattr(self.after, name)) for what, name in names.items()]
+
+    def table(self, width: int = 80) -> str:
+        """Lay out all layers' widths and the model's sizes as plain text.
+
+        Args:
+            width: Characters of a line. Words in long names are shortened in the middle to fit, names to no less
+                than 12 characters.
+
+        Returns:
+            Lines without a trailing newline; numbers in brackets refer to the reasons at the end.
+        """
+        marks = {reason: f"[{i}]" for i, reason in enumerate(dict.fromkeys(self.frozen.values()), 1)}
+        layers = [("layer", "before", "after", "removed", "share", "")]
+        for name, before in self.widths_before.items():
+            after = self.widths_after[name]
+            lost = (f"{before - after:,}", f"{(before - after) / before:.1%}") if after < before else ("-", "-")
+            layers.append((name, f"{before:,}", f"{after:,}", *lost, marks.get(self.frozen.get(name, ""), "")))
+        sizes = [(what, f"{before:,}", "->", f"{after:,}", fewer(before, after)) for what, before, after in self._sizes]
+        reasons = [
+            textwrap.fill(f"{mark} frozen: {reason}", width, subsequent_indent=" " * (len(mark) + 1))
+            for reason, mark in marks.items()
+        ]
+        head = "\n".join(filter(None, [self._head, textwrap.fill(self.reason, width)]))
+        return "\n\n".join(
+            filter(None, [head, *("\n".join(aligned(rows, width)) for rows in (layers, sizes)), "\n".join(reasons)])
+        )
+
+    def scalars(self) -> dict[str, float]:
+        """Return what a logger draws over the epochs: sparsity, sizes and widths as they are afterwards.
+
+        Returns:
+            By name: ``pruning/sparsity``, ``pruning/neurons``, ``pruning/parameters``, ``pruning/macs``, and
+            ``pruning/width/<layer>`` for each layer. For TensorBoard::
+
+                for name, value in report.scalars().items():
+                    writer.add_scalar(name, value, report.epoch)
+        """
+        sizes = {"sparsity": self.sparsity, **vars(self.after)}
+        widths = {f"width/{name}": width for name, width in self.widths_after.items()}
+        return {f"pruning/{name}": float(value) for name, value in (sizes | widths).items()}
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw each layer's width, before and after, as horizontal bars.
+
+        Args:
+            path: Where to save the picture; the ending tells the format: ``.png``, ``.pdf``, ``.svg``.
+
+        Returns:
+            The path.
+
+        Raises:
+            ImportError: if matplotlib is not installed; it comes with ``pip install kfac-flat[plot]``.
+            ValueError: if matplotlib does not know the format.
+        """
+        try:
+            from kfac_flat.pruning import picture
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "matplotlib":
+                raise
+            raise ImportError("PruneReport.plot draws with matplotlib: pip install kfac-flat[plot]") from error
+        sizes = [f"{before:,} → {after:,} {what}, {fewer(before, after)}" for what, before, after in self._sizes]
+        return picture.draw_widths(
+            self.widths_before,
+            {"kept": self.widths_after},
+            Path(path),
+            title="\n".join([self._head, *sizes]),
+            rest="removed",
+            whole=[name for name in self.frozen if self.widths_after[name] == self.widths_before[name]],
+        )
+
+
+def fewer(before: int, after: int) -> str:
+    """Say how many times fewer there are."""
+    if after == before:
+        return "unchanged"
+    return f"{before / after:.2f}x fewer" if after else "none left"
+
+
+def shortened(name: str, length: int) -> str:
+    """Shorten a module's name to at most this length, the middle of its longest words first.
+
+    Numbers stay, as they tell one layer from the next.
+
+    Example:
+        >>> shortened("features.denseblock3.denselayer24.conv2", 30)
+        'fea~res.den~ck3.den~r24.conv2'
+    """
+    for longest in range(length, 3, -1):
+        short = ".".join(_without_middle(word, longest) for word in name.split("."))
+        if len(short) <= length:
+            return short
+    return _without_middle(name, length)
+
+
+def _without_middle(text: str, length: int) -> str:
+    head = (length - 1) // 2
+    return text if len(text) <= length else f"{text[:head]}~{text[len(text) - (length - 1 - head) :]}"
+
+
+def aligned(rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Align a table's columns, the first to the left and shortened as lines of this width ask for."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = max(width - sum(w + 2 for w in widths[1:]), 12)
+    widths[0] = min(widths[0], room)
+    return [
+        "  ".join(
+            [shortened(first, room).ljust(widths[0]), *(c.rjust(w) for c, w in zip(rest, widths[1:], strict=True))]
+        ).rstrip()
+        for first, *rest in rows
+    ]

@@ -694,3 +694,8 @@ def find(target: Any) -> Rule | None:
         return _record
     name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
     return FUNCTION_RULES.get(target) or NAMED_RULES.get(name)
+
+
+def keeps_shape(target: Any) -> bool:
+    """Tell whether a call returns its first argument changed in nothing but its numbers, such as dropout."""
+    return find(target) is _same_shape

@@ -6,19 +6,22 @@ import fnmatch
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
+from kfac_flat.distributed import Agreement
 from kfac_flat.pruning import rules
 from kfac_flat.pruning.budget import Groups, Schedule
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without, without
 from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.saliency import Saliency
-from kfac_flat.pruning.surgery import Surgery
+from kfac_flat.pruning.surgery import Surgery, difference
 from kfac_flat.structure import Kept, unwrap
 
 
@@ -42,6 +45,12 @@ class NeuronPruner:
     The Parameter objects stay the same, the optimizer's state of the kept entries stays as it was, and what cannot be
     followed through the model is left uncut: see :attr:`frozen`.
 
+    In a run of several processes (``torch.distributed`` is initialised) all processes of the default group train the
+    same model and call :meth:`step` at the same time. They go by the scores of rank 0, which the others' must equal,
+    and cut together or not at all; see :func:`kfac_flat.rewrap` for DistributedDataParallel. A process that dies makes
+    the cut fail in those that wait for it, after the group's timeout at the latest; nothing is sent while no removal is
+    due, nor by :meth:`plan` and :meth:`load_state_dict`.
+
     Args:
         model: The model being trained; wrapped by ``torch.compile`` if you like.
         optimizer: Any torch optimizer over its parameters.
@@ -53,10 +62,15 @@ class NeuronPruner:
         min_neurons: Neurons that each layer keeps at least.
         round_to: Leave layers that are cut at a multiple of this width; None for any.
         ignore: Layers whose neurons stay: names (shell patterns allowed) or classes.
+        copies: Models of the same structure that are cut along, such as an ``AveragedModel`` or a teacher.
+
+    Attributes:
+        history: The reports of all :meth:`step` calls of this object, oldest first.
 
     Raises:
-        TypeError: if ``model`` or ``optimizer`` is of another kind.
-        ValueError: if an option is out of range, the model cannot be traced or run, or the target cannot be reached.
+        TypeError: if ``model``, one of ``copies`` or ``optimizer`` is of another kind.
+        ValueError: if an option is out of range, one of ``copies`` is built differently, the model cannot be traced or
+            run, or the target cannot be reached.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -87,10 +101,12 @@ class NeuronPruner:
         min_neurons: int = 1,
         round_to: int | None = None,
         ignore: Iterable[str | type[nn.Module]] = (),
+        copies: Iterable[nn.Module] = (),
     ) -> None:
         self._schedule = Schedule(start, every, events)
         _check_options(model, optimizer, target, min_neurons, round_to)
         self._model, self._optimizer = unwrap(model), optimizer
+        self._copies = _checked_copies(self._model, copies)
         _check_shared(self._model, optimizer)
         self._target, self._min_neurons, self._round_to = target, min_neurons, round_to or 1
         self._graph = NeuronGraph(
@@ -142,6 +158,22 @@ class NeuronPruner:
         """Output channels of every Linear and convolution as it is now, by name."""
         return self._widths(self._channels)
 
+    @property
+    def survivors(self) -> dict[str, Tensor]:
+        """Output channels that are left of every Linear and convolution: ``int64`` positions in the ORIGINAL layer.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1, bias=False))
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            >>> pruner = NeuronPruner(model, optimizer, torch.ones(1, 2), target=0.5, start=1, events=1)
+            >>> model[1].weight.grad = torch.tensor([[3.0, 0.0, 2.0, 0.0]]) / model[1].weight.detach()
+            >>> optimizer.step()
+            >>> report = pruner.step()
+            >>> pruner.survivors["0"], report.removed["0"]
+            (tensor([0, 2]), tensor([1, 3]))
+        """
+        return {name: self._kept[name][1].clone() for name in self._graph.producers}
+
     # ---------------------------------------------------------------- stepping
 
     def step(self) -> PruneReport:
@@ -151,23 +183,30 @@ class NeuronPruner:
             CutError: if the cut cannot be made; model, optimizer and pruner are as they were before the call.
         """
         epoch = self._epoch + 1
-        self._check_known()
-        scores = self._scores()
-        if self.finished:
-            report = self._report(epoch, reason=_FINISHED)
-        elif not self._schedule.is_due(epoch):
-            report = self._report(epoch, reason=f"the schedule has no removal at the end of epoch {epoch}")
-        elif scores is None:
-            report = self._report(epoch, reason=_UNSCORED)
-        else:
-            report, gone = self._choose(epoch, scores)
-            if report:
-                self._cut(gone)
-                self._size = report.after
-                self._restart()
-            self._event += 1
+        with Agreement(needed=not self.finished and self._schedule.is_due(epoch)) as agreement:
+            report = self._end(epoch, agreement)
         self._epoch = epoch
         self.history.append(report)
+        return report
+
+    def _end(self, epoch: int, agreement: Agreement) -> PruneReport:
+        """Remove neurons if the schedule says so at the end of this epoch."""
+        self._check_known()
+        scores = agreement.on_scores(self._scores())
+        if self.finished:
+            return self._report(epoch, reason=_FINISHED)
+        if not self._schedule.is_due(epoch):
+            return self._report(epoch, reason=f"the schedule has no removal at the end of epoch {epoch}")
+        if scores is None:
+            return self._report(epoch, reason=_UNSCORED)
+        report, gone = self._choose(epoch, scores)
+        if report:
+            self._cut(gone, partial(agreement.on_cut, gone))
+            self._size = report.after
+            self._restart()
+        else:
+            agreement.on_cut(gone)
+        self._event += 1
         return report
 
     def plan(self) -> PruneReport:
@@ -195,10 +234,10 @@ class NeuronPruner:
         reason = self._why_less(scores) if self._size.neurons - after.neurons < count else ""
         return self._report(epoch, gone, after, reason), gone
 
-    def _cut(self, gone: Tensor) -> None:
-        """Make a cut on the model and all that follows it."""
+    def _cut(self, gone: Tensor, agree: Callable[[], None] = lambda: None) -> None:
+        """Make a cut on the model and all that follows it; what ``agree`` raises undoes it."""
         kept = kept_without(self._channels, gone)
-        Surgery(self._model, kept, self._optimizer).apply()
+        Surgery(self._model, kept, self._optimizer, self._copies).apply(agree)
         for name, keep in kept.items():
             inputs, outputs = self._kept[name]
             self._kept[name] = inputs[keep.inputs], outputs[keep.outputs]
@@ -260,6 +299,7 @@ class NeuronPruner:
             sparsity=1 - after.neurons / self._original_neurons,
             removed=removed,
             reason=reason,
+            frozen=self.frozen,
         )
 
     def _why_less(self, scores: list[float]) -> str:
@@ -398,6 +438,21 @@ def _ignored(model: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> dict[
     return found
 
 
+def _checked_copies(model: nn.Module, copies: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the models inside their wrappers, found to be of the model's structure."""
+    if isinstance(copies, nn.Module):
+        raise TypeError(f"copies must be a collection of models, such as [{type(copies).__name__}(...)]")
+    found = []
+    for i, wrapped in enumerate(copies):
+        if not isinstance(wrapped, nn.Module):
+            raise TypeError(f"copies[{i}] must be a torch.nn.Module, not {type(wrapped).__name__}")
+        found.append(unwrap(wrapped.module if isinstance(wrapped, AveragedModel) else wrapped))
+        different = difference(model, found[i])
+        if different:
+            raise ValueError(f"copies[{i}] is no copy of the model: {different}")
+    return found
+
+
 def _trained_elsewhere(model: nn.Module, optimizer: Optimizer) -> dict[str, str]:
     """Names of modules with trainable parameters that this optimizer does not hold, whose state would stay behind."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -412,8 +467,13 @@ def _check_options(model: Any, optimizer: Any, target: float, min_neurons: int, 
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     inner = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
-    if isinstance(inner, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-        raise TypeError("prune the model inside the wrapper, model.module, and wrap it anew after each removal")
+    if isinstance(inner, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            "prune the model inside the wrapper, model.module, and let the wrapper follow: "
+            "`with kfac_flat.rewrap(model): pruner.step()`"
+        )
+    if isinstance(inner, nn.DataParallel):
+        raise TypeError("prune the model inside the wrapper, model.module")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer instance, not {type(optimizer).__name__}")
     if not isinstance(target, (int, float)) or not 0 < target < 1:

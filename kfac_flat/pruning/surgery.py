@@ -6,8 +6,9 @@ Everything is computed before anything is swapped, and what was swapped can be s
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -111,8 +112,8 @@ def select(t: Tensor, selection: Selection) -> Tensor:
     selected = t.detach()
     for dim, index in selection.items():
         selected = selected.index_select(dim, index.to(t.device))
-    strides = t.stride()
-    in_memory = sorted(range(t.dim()), key=lambda d: (-strides[d], d))
+    # An axis of length one shares its stride with another one, which comes first.
+    in_memory = sorted(range(t.dim()), key=lambda d: (t.stride(d), t.shape[d], -d), reverse=True)
     dense = selected.permute(in_memory).clone(memory_format=torch.contiguous_format)
     return dense.permute([in_memory.index(d) for d in range(t.dim())])
 
@@ -125,7 +126,12 @@ def _replacement(t: Tensor, selection: Selection) -> Tensor:
     """Make a tensor that can take the place of ``t``: same class, flags, gradient and hooks, only what is selected."""
     new = select(t, selection)
     if isinstance(t, nn.Parameter):
-        new = nn.Parameter(new, t.requires_grad)
+        if type(new) is Tensor:
+            new = Tensor._make_subclass(type(t), new, t.requires_grad)
+        else:  # a tensor class of its own, which Parameter marks as one
+            new = nn.Parameter(new, t.requires_grad)
+        if hasattr(t, "grad_dtype"):  # not in every version of torch
+            new.grad_dtype = t.grad_dtype
         if t.grad is not None:
             new.grad = select(t.grad, selection)
     vars(new).update(vars(t))
@@ -135,6 +141,36 @@ def _replacement(t: Tensor, selection: Selection) -> Tensor:
     return new
 
 
+def _assign(module: nn.Module, attributes: Mapping[str, Any]) -> None:
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+
+def _exchange_back(small: Tensor, whole: Tensor) -> None:
+    """Take back an exchange, with a copy: torch lets no later backward pass use the tensor that was swapped out."""
+    _swap(small, _replacement(whole, {}))
+
+
+def difference(model: nn.Module, other: nn.Module) -> str:
+    """Say where the structure of two models differs: their modules, the channels and the shapes; empty if nowhere."""
+    modules, others = dict(model.named_modules()), dict(other.named_modules())
+    if modules.keys() != others.keys():
+        return f"only one of them has {min(modules.keys() ^ others.keys())!r}"
+    for name, module in modules.items():
+        ours, theirs = _structure(module), _structure(others[name])
+        if ours != theirs:
+            return f"{name or 'the model'} is {theirs} and not {ours}"
+    return ""
+
+
+def _structure(module: nn.Module) -> str:
+    """Describe what of a module matters to a cut."""
+    channels = "{} to {} channels, ".format(*rules.channel_counts(module)) if rules.has_channels(module) else ""
+    tensors = {**module._parameters, **module._buffers}
+    shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items() if t is not None)
+    return f"a {type(module).__name__} ({channels}{shapes or 'no tensors'})"
+
+
 class Surgery:
     """A prepared cut of a model and of what follows it.
 
@@ -142,25 +178,29 @@ class Surgery:
         model: The model.
         kept: What remains of each module that loses channels, by name.
         optimizer: Whose state for the parameters is cut along.
+        copies: Models of the same structure that are cut along.
 
     Raises:
         CutError: if it cannot be done; nothing has been changed.
     """
 
-    def __init__(self, model: nn.Module, kept: Mapping[str, Kept], optimizer: Optimizer | None = None) -> None:
-        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+    @torch.inference_mode(False)  # a tensor made there can never be trained again
+    def __init__(
+        self,
+        model: nn.Module,
+        kept: Mapping[str, Kept],
+        optimizer: Optimizer | None = None,
+        copies: Sequence[nn.Module] = (),
+    ) -> None:
         self._selections: dict[Tensor, Selection] = {}
         self._names: dict[Tensor, str] = {}
-        for name, keep in kept.items():
-            part = rules.part(model, name)
-            cut = module_cut(part, keep)
-            owner = part.module if isinstance(part, rules.SizeAttribute) else part
-            self._attributes.append((owner, cut.attributes))
-            for tensor_name, selection in cut.tensors.items():
-                t = getattr(owner, tensor_name)
-                if t is not None:
-                    self._names[t] = f"{name}.{tensor_name}"
-                    self._note(t, selection)
+        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._plan(model, kept)
+        for i, copied in enumerate(copies):
+            different = difference(model, copied)
+            if different:
+                raise CutError(f"copies[{i}] is no copy of the model any more: {different}")
+            self._plan(copied, kept, f" of copies[{i}]")
         self._check_weak_references()
         self._swaps = [(t, _replacement(t, selection)) for t, selection in self._selections.items()]
         self._states = [] if optimizer is None else list(self._cut_states(optimizer))
@@ -173,35 +213,54 @@ class Surgery:
         """Cut a tensor of the shape of the parameter ``p`` as ``p`` itself will be."""
         return select(t, self._selections[p]) if p in self._selections else t
 
-    def apply(self) -> None:
+    @torch.inference_mode(False)
+    def apply(self, agree: Callable[[], None] = lambda: None) -> None:
         """Make the cut, wholly or not at all.
+
+        Args:
+            agree: Called when all that can fail has been done; what it raises undoes the cut.
 
         Raises:
             CutError: if torch refuses to exchange a tensor; everything is as before.
         """
-        done: list[tuple[Tensor, Tensor]] = []
-        try:
+        with contextlib.ExitStack() as undo:
             for old, new in self._swaps:
-                _swap(old, new)
-                done.append((old, new))
-        except BaseException as error:
-            # Not the tensors swapped out, but copies of them: torch lets no later backward pass use the former.
-            for small, whole in done:
-                _swap(small, _replacement(whole, {}))
-            if not isinstance(error, RuntimeError):
-                raise
+                self._exchange(old, new)
+                undo.callback(_exchange_back, old, new)
+            for module, attributes in self._attributes:
+                undo.callback(_assign, module, {name: getattr(module, name) for name in attributes})
+                _assign(module, attributes)
+            for state, values in self._states:
+                undo.callback(state.update, {key: state[key] for key in values})
+                state.update(values)
+            agree()
+            for follow in self._followers:
+                follow()
+            undo.pop_all()
+
+    def _exchange(self, old: Tensor, new: Tensor) -> None:
+        try:
+            _swap(old, new)
+        except RuntimeError as error:
             raise CutError(
                 f"{self._names[old]} cannot be cut while something else holds it. Most likely the result of a forward "
                 "pass is still alive whose backward has not been run: run it, delete the result, or compute it under "
-                f"torch.no_grad() ({error})"
+                "torch.no_grad(). A DistributedDataParallel lets go of it within kfac_flat.rewrap(wrapper) "
+                f"({error})"
             ) from error
-        for module, attributes in self._attributes:
-            for name, value in attributes.items():
-                setattr(module, name, value)
-        for state, new_values in self._states:
-            state.update(new_values)
-        for follow in self._followers:
-            follow()
+
+    def _plan(self, model: nn.Module, kept: Mapping[str, Kept], where: str = "") -> None:
+        """Note what the modules of a model become."""
+        for name, keep in kept.items():
+            part = rules.part(model, name)
+            cut = module_cut(part, keep)
+            module = part.module if isinstance(part, rules.SizeAttribute) else part
+            self._attributes.append((module, cut.attributes))
+            for tensor_name, selection in cut.tensors.items():
+                t = getattr(module, tensor_name)
+                if t is not None:
+                    self._names.setdefault(t, f"{name}.{tensor_name}{where}")
+                    self._note(t, selection)
 
     def _note(self, t: Tensor, selection: Selection) -> None:
         """Remember a tensor's selection; a tensor that two modules share must be asked for the same."""

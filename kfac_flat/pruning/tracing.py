@@ -114,9 +114,19 @@ class Program:
         made = {name: vars(bare).pop(name) for name in set(vars(bare)) - before}
         return cls(graph, training, {name: without_data(value) for name, value in made.items()})
 
-    def same_as(self, other: Program) -> bool:
-        """Tell whether both modes do the same."""
-        return str(self.graph) == str(other.graph)
+    def same_as(self, other: Program, keeps_shape: Callable[[Any], bool]) -> bool:
+        """Tell whether both modes do the same, as far as neurons are concerned.
+
+        Args:
+            other: The other mode.
+            keeps_shape: Tells calls that return their first argument changed in nothing but its numbers.
+        """
+        pairs = zip(self.graph.nodes, other.graph.nodes, strict=False)
+        return len(self.graph.nodes) == len(other.graph.nodes) and all(
+            (a.op, a.target, str(a.all_input_nodes)) == (b.op, b.target, str(b.all_input_nodes))
+            and (str((a.args, a.kwargs)) == str((b.args, b.kwargs)) or keeps_shape(a.target))
+            for a, b in pairs
+        )
 
 
 class UntraceableError(ValueError):
@@ -127,7 +137,12 @@ class UntraceableError(ValueError):
         self.submodule = submodule
 
 
-def trace(model: nn.Module, bare: nn.Module, is_known: Callable[[nn.Module], bool]) -> dict[bool, Program]:
+def trace(
+    model: nn.Module,
+    bare: nn.Module,
+    is_known: Callable[[nn.Module], bool],
+    keeps_shape: Callable[[Any], bool],
+) -> dict[bool, Program]:
     """Trace a model in train and in eval mode, or in eval mode alone where both are the same.
 
     A submodule that cannot be traced becomes one opaque operation, with a warning.
@@ -136,6 +151,7 @@ def trace(model: nn.Module, bare: nn.Module, is_known: Callable[[nn.Module], boo
         model: The model, with data.
         bare: Its skeleton.
         is_known: Tells modules that have a rule of their own and are not looked into.
+        keeps_shape: Tells calls that return their first argument changed in nothing but its numbers.
 
     Raises:
         ValueError: if the model's own forward cannot be traced, saying what to do instead.
@@ -162,7 +178,7 @@ def trace(model: nn.Module, bare: nn.Module, is_known: Callable[[nn.Module], boo
         copies = {name: structural_copy(model.get_submodule(name), lambda t: t.detach().clone()) for name in opaque}
         for program in programs.values():
             program.opaque = copies
-    return {False: programs[False]} if programs[True].same_as(programs[False]) else programs
+    return {False: programs[False]} if programs[True].same_as(programs[False], keeps_shape) else programs
 
 
 _TRACE_ERRORS = (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError, LookupError)

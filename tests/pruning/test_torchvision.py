@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.torchvision_models import models
 from tests.pruning.masking import assert_unlike, layers_of, masked, outputs_of, prune_at_random, pruner_for, widths_of
-from tests.torchvision_models import models
 
 # Name, size of the images, share of the neurons that can go at least.
 CASES = [

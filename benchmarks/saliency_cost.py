@@ -1,0 +1,80 @@
+"""What it costs to record Theta at every optimizer step, relative to the step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from benchmarks.torchvision_models import models
+from kfac_flat import NeuronPruner
+
+
+def resnet18_cifar() -> tuple[nn.Module, tuple[int, ...]]:
+    """ResNet-18 for images of 32 x 32 pixels: a 3 x 3 stem of stride 1 and no pooling behind it."""
+    model = models.resnet18(num_classes=10)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    return model, (3, 32, 32)
+
+
+def mlp() -> tuple[nn.Module, tuple[int, ...]]:
+    """Two hidden layers of 512 on 784 inputs."""
+    layers = [nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
+    return nn.Sequential(*layers), (784,)
+
+
+NETWORKS = {"ResNet-18 (CIFAR)": resnet18_cifar, "MLP 784-512-512-10": mlp}
+
+
+def measure(
+    make: Callable[[], tuple[nn.Module, tuple[int, ...]]],
+    batch: int,
+    repetitions: int,
+    on_step: Callable[[], None],
+) -> dict[str, float]:
+    """Time training steps of two optimizers on one model in turns, one of them watched by a pruner.
+
+    Args:
+        make: Gives a model and the shape of an example.
+        batch: Examples in a batch.
+        repetitions: Timed steps of each; one of each comes before, for warming up.
+        on_step: Is called after each pair.
+
+    Returns:
+        Medians in seconds: ``step``, ``watched`` (a step with the pruner), ``recording`` (what the pruner does in it).
+    """
+    torch.manual_seed(0)
+    model, shape = make()
+    x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
+    plain, watched = (SGD(model.parameters(), lr=1e-3, momentum=0.9) for _ in range(2))
+    pruner = NeuronPruner(model, watched, x[:1], target=0.5)
+    seen: dict[str, list[float]] = {"step": [], "watched": [], "recording": []}
+    for repetition in range(repetitions + 1):
+        times = {
+            "step": seconds(lambda: train_step(model, plain, x, y)),
+            "watched": seconds(lambda: train_step(model, watched, x, y)),
+            "recording": seconds(lambda: pruner._record(watched)),
+        }
+        for what, took in times.items():
+            if repetition:
+                seen[what].append(took)
+        on_step()
+    return {what: median(times) for what, times in seen.items()}
+
+
+def train_step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> None:
+    """Make one step as a training loop does."""
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Time one call."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
