@@ -15,13 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from kfac_flat import NeuronPruner
-from tests.pruning.nets import call
-
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+from tests.pruning.nets import CONVS, LAYERS, TRANSPOSED, call
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Conv1d, nn.Conv2d)) and 1 < module.groups == module.in_channels
+    return isinstance(module, CONVS) and 1 < module.groups == module.in_channels
 
 
 def channel_axis(module: nn.Module, t: Tensor) -> int:
@@ -31,9 +29,8 @@ def channel_axis(module: nn.Module, t: Tensor) -> int:
 def widths_of(module: nn.Module) -> tuple[int, int]:
     """Input and output channels, read off the weight."""
     first, second = module.weight.shape[:2]
-    if isinstance(module, nn.ConvTranspose2d):
-        return first, second
-    return second * getattr(module, "groups", 1), first
+    second *= getattr(module, "groups", 1)
+    return (first, second) if isinstance(module, TRANSPOSED) else (second, first)
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -50,7 +47,8 @@ class Probe:
         self._read: dict[str, list[Tensor]] = {}
         self._held: dict[str, list[Tensor]] = {}
         self._seen: dict[str, list[Tensor]] = {}
-        self._disturbed: tuple[str, int, float] | None = None
+        self._disturbed: Mapping[str, Iterable[int]] = {}
+        self._strength, self._noise = 0.0, torch.Generator()
         for name, module in self._layers.items():
             module.register_forward_hook(self._hook(name))
         self._run()
@@ -69,19 +67,20 @@ class Probe:
             if not self._held:
                 return None
             held = output if is_depthwise(module) else self._held[name][i].clone()
-            if self._disturbed is not None and self._disturbed[0] == name:
-                channel = held.select(channel_axis(module, held), self._disturbed[1])
-                noise = torch.randn(channel.shape, dtype=channel.dtype, generator=torch.Generator().manual_seed(0))
-                channel += self._disturbed[2] * noise
+            for channel in self._disturbed.get(name, ()):
+                disturbed = held.select(channel_axis(module, held), channel)
+                noise = torch.randn(disturbed.shape, dtype=disturbed.dtype, generator=self._noise)
+                disturbed += self._strength * noise
             return held
 
         return hook
 
-    def readers(self, name: str, channel: int) -> dict[str, set[int]]:
-        """Input channels, by layer, that move with this output channel; depthwise layers are no readers."""
+    def readers(self, neurons: Mapping[str, Iterable[int]]) -> dict[str, set[int]]:
+        """Input channels, by layer, that move with these output channels; depthwise layers are no readers."""
         found: defaultdict[str, set[int]] = defaultdict(set)
-        for strength in (20.0, -20.0):  # a ReLU that hides one shows the other
-            self._disturbed = name, channel, strength
+        self._disturbed = neurons
+        for self._strength in (20.0, -20.0):  # a ReLU that hides one shows the other
+            self._noise.manual_seed(0)
             self._run()
             for reader, module in self._layers.items():
                 if is_depthwise(module):
@@ -89,6 +88,16 @@ class Probe:
                 for before, after in zip(self._baseline[reader], self._read[reader], strict=True):
                     different = (before != after).movedim(channel_axis(module, before), 0).flatten(1).any(1)
                     found[reader] |= set(different.nonzero().flatten().tolist())
+        return found
+
+    def empty(self) -> dict[str, set[int]]:
+        """Input channels, by layer, that are zero whatever the neurons do: padding."""
+        moving = self.readers({name: range(widths_of(module)[1]) for name, module in self._layers.items()})
+        found = {}
+        for name, calls in self._baseline.items():
+            axis = channel_axis(self._layers[name], calls[0])
+            zero = torch.stack([(x == 0).movedim(axis, 0).flatten(1).all(1) for x in calls]).all(0)
+            found[name] = set(zero.nonzero().flatten().tolist()) - moving[name]
         return found
 
 
@@ -105,15 +114,10 @@ def removed_outputs(model: nn.Module, layers: Mapping[str, Mapping[str, Tensor]]
 def removed_inputs(model: nn.Module, inputs: Any, removed: Mapping[str, Iterable[int]]) -> dict[str, set[int]]:
     """Input channels, by layer, that removed neurons feed; no neuron that stays may feed them as well."""
     probe = Probe(model, inputs)
-    gone: defaultdict[str, set[int]] = defaultdict(set)
-    stay: defaultdict[str, set[int]] = defaultdict(set)
-    for name, module in layers_of(model).items():
-        lost = set(removed.get(name, ()))
-        for channel in range(widths_of(module)[1]):
-            for reader, columns in probe.readers(name, channel).items():
-                (gone if channel in lost else stay)[reader] |= columns
+    stay = {n: set(range(widths_of(module)[1])) - set(removed.get(n, ())) for n, module in layers_of(model).items()}
+    gone, read_on = probe.readers(removed), probe.readers(stay)
     for reader, columns in gone.items():
-        assert not columns & stay[reader], f"{reader} would lose inputs fed by neurons that stay"
+        assert not columns & read_on[reader], f"{reader} would lose inputs fed by neurons that stay"
     return {reader: columns for reader, columns in gone.items() if columns}
 
 
@@ -123,7 +127,7 @@ def masked(model: nn.Module, columns: Mapping[str, Iterable[int]]) -> nn.Module:
     model = copy.deepcopy(model)
     for name, module in layers_of(model).items():
         for column in columns.get(name, ()):
-            if isinstance(module, nn.ConvTranspose2d):
+            if isinstance(module, TRANSPOSED):
                 module.weight[column] = 0
                 continue
             groups = getattr(module, "groups", 1)
@@ -160,7 +164,7 @@ def random_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, seed: i
 
 def pruner_for(model: nn.Module, inputs: Any, *, target: float = 0.4, events: int = 1, **options: Any) -> NeuronPruner:
     """Return a pruner with an optimizer that leaves the weights where they are."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     return NeuronPruner(model, optimizer, inputs, target=target, start=1, every=1, events=events, **options)
 
 
@@ -171,21 +175,23 @@ def prune_at_random(pruner: NeuronPruner, model: nn.Module, seed: int = 0) -> No
     assert report, report.reason
 
 
-def assert_unlike(expected: list[Tensor], whole: list[Tensor], found: list[Tensor]) -> None:
+def assert_unlike(expected: list[Tensor], whole: list[Tensor], found: list[Tensor], least: float = 1e-3) -> None:
     """Assert that the pruned model's outputs are the masked one's, and that the mask changes the dense one's."""
-    assert distance(expected, whole) > 1e-3, "the mask changes nothing, so the comparison means nothing"
+    assert distance(expected, whole) >= least, "the mask changes nothing, so the comparison means nothing"
     assert distance(found, expected) < 1e-9
 
 
-def assert_exact(dense: nn.Module, pruned: nn.Module, manifest: Mapping[str, Any], inputs: Any) -> None:
+def assert_exact(
+    dense: nn.Module, pruned: nn.Module, manifest: Mapping[str, Any], inputs: Any, least: float = 1e-3
+) -> None:
     """Assert that the pruned model computes what the dense one does without what was removed, and that it matters."""
     removed = removed_outputs(dense, manifest["layers"])
     columns = removed_inputs(dense, inputs, removed)
-    reference = masked(dense, columns)
+    reference, empty = masked(dense, columns), Probe(dense, inputs).empty()
     for name, module in layers_of(dense).items():
         if name in manifest["layers"] and not is_depthwise(module):
-            kept = sorted(set(range(widths_of(module)[0])) - columns.get(name, set()))
-            assert manifest["layers"][name]["in"].tolist() == kept, f"{name} reads other channels than it should"
+            kept = set(range(widths_of(module)[0])) - columns.get(name, set())
+            found = set(manifest["layers"][name]["in"].tolist())
+            assert found | empty[name] == kept | empty[name], f"{name} reads other channels than it should"
     for training in (False, True):
-        whole, expected, found = (outputs_of(m.train(training), inputs) for m in (dense, reference, pruned))
-        assert_unlike(expected, whole, found)
+        assert_unlike(*(outputs_of(m.train(training), inputs) for m in (reference, dense, pruned)), least)

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (nn.Linear, *CONVS, *TRANSPOSED)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm, nn.LayerNorm)
+
 
 def conv(c_in: int, c_out: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel, **{"padding": kernel // 2, **options})
@@ -268,10 +273,10 @@ class Case:
         model, inputs = self.make().double(), self.inputs(n)
         with torch.no_grad():
             for module in model.modules():
-                if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.affine:
+                if isinstance(module, NORMS) and module.weight is not None:
                     module.weight.uniform_(0.5, 1.5)
                     module.bias.normal_(0, 0.5)
-                elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Linear)):
+                elif isinstance(module, LAYERS):
                     module.weight.mul_(2)  # few units that never fire
                     if module.bias is not None:
                         module.bias.normal_(0, 0.1)

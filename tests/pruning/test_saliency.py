@@ -12,8 +12,8 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 from kfac_flat import FlatKFAC, NeuronPruner
-from tests.pruning.masking import LAYERS, Probe, channel_axis, is_depthwise, layers_of, widths_of
-from tests.pruning.nets import CASES
+from tests.pruning.masking import Probe, channel_axis, is_depthwise, layers_of, widths_of
+from tests.pruning.nets import CASES, LAYERS
 
 NETS = (
     *("mlp", "cnn_flatten", "residual", "densenet", "depthwise_separable", "depthwise_multiplier", "grouped"),
@@ -86,7 +86,7 @@ def per_group(pruner: NeuronPruner, model: nn.Module, x: Tensor, gradients: dict
         columns: set[tuple[str, int]] = set()
         for name in layers_of(model):
             for channel in (pruner._channels[name].outputs == group).nonzero().flatten().tolist():
-                columns |= {(reader, c) for reader, found in probe.readers(name, channel).items() for c in found}
+                columns |= {(reader, c) for reader, found in probe.readers({name: [channel]}).items() for c in found}
         sums.append(sum(gradients[reader][c] for reader, c in columns))
     return torch.stack(sums).abs()
 
