@@ -394,6 +394,9 @@ def _ignored(model: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> dict[
     modules = dict(model.named_modules())
     found: dict[str, str] = {}
     for choice in ignore:
+        if not isinstance(choice, (str, type)):
+            meant = "".join(f"; say {name!r}" for name, module in modules.items() if module is choice)
+            raise ValueError(f"ignore= takes names and classes, not a {type(choice).__name__} itself{meant}")
         roots = [
             name
             for name, module in modules.items()
