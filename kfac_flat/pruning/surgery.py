@@ -72,8 +72,8 @@ def select(t: Tensor, selection: Selection) -> Tensor:
     selected = t.detach()
     for dim, index in selection.items():
         selected = selected.index_select(dim, index.to(t.device))
-    strides = t.stride()
-    in_memory = sorted(range(t.dim()), key=lambda d: (-strides[d], d))
+    # An axis of length one shares its stride with another one, which comes first.
+    in_memory = sorted(range(t.dim()), key=lambda d: (t.stride(d), t.shape[d], -d), reverse=True)
     dense = selected.permute(in_memory).clone(memory_format=torch.contiguous_format)
     return dense.permute([in_memory.index(d) for d in range(t.dim())])
 
@@ -86,7 +86,12 @@ def _replacement(t: Tensor, selection: Selection) -> Tensor:
     """Make a tensor that can take the place of ``t``: same class, flags, gradient and hooks, only what is selected."""
     new = select(t, selection)
     if isinstance(t, nn.Parameter):
-        new = nn.Parameter(new, t.requires_grad)
+        if type(new) is Tensor:
+            new = Tensor._make_subclass(type(t), new, t.requires_grad)
+        else:  # a tensor class of its own, which Parameter marks as one
+            new = nn.Parameter(new, t.requires_grad)
+        if hasattr(t, "grad_dtype"):  # not in every version of torch
+            new.grad_dtype = t.grad_dtype
         if t.grad is not None:
             new.grad = select(t.grad, selection)
     vars(new).update(vars(t))
