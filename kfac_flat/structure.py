@@ -58,8 +58,9 @@ def structural_copy(model: Module, tensor: Callable[[Tensor], Tensor]) -> Module
         for t in held:
             if isinstance(t, Tensor) and id(t) not in memo:
                 memo[id(t)] = tensor(t)
-    hooks = _set_aside_hooks(model)
+    hooks: list[tuple[nn.Module, str, Any]] = []
     try:
+        _set_aside_hooks(model, hooks)
         copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
         raise TypeError(
@@ -74,14 +75,12 @@ def structural_copy(model: Module, tensor: Callable[[Tensor], Tensor]) -> Module
     return copied
 
 
-def _set_aside_hooks(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Take the user's hooks off for the time of a copy; returns what to put back."""
-    aside = []
+def _set_aside_hooks(model: nn.Module, aside: list[tuple[nn.Module, str, Any]]) -> None:
+    """Take the user's hooks off for the time of a copy, and note in ``aside`` what to put back."""
     for module in model.modules():
         for name in _HOOK_DICTS:
             hooks = getattr(module, name, None)
             if hooks:
-                aside.append((module, name, hooks))
                 kept = {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")}
+                aside.append((module, name, hooks))
                 setattr(module, name, type(hooks)(kept))
-    return aside

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kfac_flat.changes import Change, appending, make_all, setting
 from kfac_flat.pruning import rules
 from kfac_flat.pruning.budget import Groups, Schedule
 from kfac_flat.pruning.errors import CutError
@@ -103,7 +104,9 @@ class NeuronPruner:
         self._original_neurons = self._size.neurons
         self._epoch = self._event = 0
         self.history: list[PruneReport] = []
-        self._restart()
+        self._groups: Groups
+        self._saliency: Saliency
+        vars(self).update(self._unscored(self._channels))
         self._check_reachable()
         self._attach()
 
@@ -154,6 +157,8 @@ class NeuronPruner:
         epoch = self._epoch + 1
         self._check_known()
         scores = self._scores()
+        cut: list[Change] = []
+        own: dict[str, Any] = {"_epoch": epoch}
         if self.finished:
             report = self._report(epoch, reason=_FINISHED)
         elif not self._schedule.is_due(epoch):
@@ -162,13 +167,10 @@ class NeuronPruner:
             report = self._report(epoch, reason=_UNSCORED)
         else:
             report, gone = self._choose(epoch, scores)
+            own["_event"] = self._event + 1
             if report:
-                self._cut(gone)
-                self._size = report.after
-                self._restart()
-            self._event += 1
-        self._epoch = epoch
-        self.history.append(report)
+                cut = self._cut(gone, report.after)
+        make_all([*cut, setting(self, own), appending(self.history, report)])
         return report
 
     def plan(self) -> PruneReport:
@@ -192,28 +194,37 @@ class NeuronPruner:
         gone = self._groups.cheapest(scores, count, min_neurons=self._min_neurons, round_to=self._round_to)
         if not len(gone):
             return self._report(epoch, reason=self._why_less(scores)), gone
+        after = self._size_without(gone)
+        reason = self._why_less(scores) if self._size.neurons - after.neurons < count else ""
+        return self._report(epoch, gone, after, reason), gone
+
+    def _size_without(self, gone: Tensor) -> Size:
+        """Make a cut on a skeleton, prove that each layer then reads the neurons it should, and measure."""
         remaining = without(self._channels, gone)
         small = skeleton(self._model)
         Surgery(small, kept_without(self._channels, gone)).apply()
         self._graph.verify(small, remaining)
-        after = self._measure(small, remaining)
-        reason = self._why_less(scores) if self._size.neurons - after.neurons < count else ""
-        return self._report(epoch, gone, after, reason), gone
+        return self._measure(small, remaining)
 
-    def _cut(self, gone: Tensor) -> None:
-        """Make a cut on the model and all that follows it."""
+    def _cut(self, gone: Tensor, size: Size) -> list[Change]:
+        """Prepare a cut of the model and all that follows it, this pruner included."""
         kept = kept_without(self._channels, gone)
-        Surgery(self._model, kept, self._optimizer).apply()
+        positions = dict(self._kept)
         for name, keep in kept.items():
-            inputs, outputs = self._kept[name]
-            self._kept[name] = inputs[keep.inputs], outputs[keep.outputs]
-        self._channels = without(self._channels, gone)
+            inputs, outputs = positions[name]
+            positions[name] = inputs[keep.inputs], outputs[keep.outputs]
+        channels = without(self._channels, gone)
+        own = {"_kept": positions, "_channels": channels, "_size": size, **self._unscored(channels)}
+        return [*Surgery(self._model, kept, self._optimizer).changes, setting(self, own)]
 
-    def _restart(self) -> None:
-        """Begin to score anew: effects measured before a cut say little of the model after it."""
-        self._groups = self._groups_of(self._channels)
+    def _unscored(self, channels: Mapping[str, Channels]) -> dict[str, Any]:
+        """Groups and scores to begin with anew: effects measured before a cut say little of the model after it."""
+        groups = self._groups_of(channels)
         consumers = {name: self._model.get_submodule(name) for name in self._graph.consumers}
-        self._saliency = Saliency(consumers, {n: self._channels[n].inputs for n in consumers}, self._groups.ids)
+        return {
+            "_groups": groups,
+            "_saliency": Saliency(consumers, {n: channels[n].inputs for n in consumers}, groups.ids),
+        }
 
     def _knows_the_model(self) -> bool:
         """Tell whether the model's layers are as wide as this pruner left them."""
@@ -347,15 +358,12 @@ class NeuronPruner:
                 and torch.equal(outputs[keep.outputs], layers[name][1])
             ):
                 raise ValueError(f"the state keeps other channels of {name} than go together in this model")
-        groups = self._groups_of(without(self._channels, gone))
-        if len(state_dict["saliency"]["total"]) != len(groups.ids):
+        loaded = self._unscored(without(self._channels, gone))
+        if len(state_dict["saliency"]["total"]) != len(loaded["_groups"].ids):
             raise ValueError("the state's saliency belongs to another number of groups than this model has")
-        if len(gone):
-            self._cut(gone)
-        self._size = self._measure(self._model, self._channels)
-        self._epoch, self._event = state_dict["epoch"], state_dict["event"]
-        self._restart()
-        self._saliency.load_state_dict(state_dict["saliency"])
+        loaded["_saliency"].load_state_dict(state_dict["saliency"])
+        loaded |= {"_epoch": state_dict["epoch"], "_event": state_dict["event"]}
+        make_all([*self._cut(gone, self._size_without(gone)), setting(self, loaded)])
 
 
 _FINISHED = "finished: the target has been reached or all events have passed"

@@ -7,7 +7,7 @@ Everything is computed before anything is swapped, and what was swapped can be s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kfac_flat.changes import Change, make_all, setting, updating
 from kfac_flat.pruning import rules
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.structure import Kept
@@ -82,9 +83,8 @@ def _swap(a: Tensor, b: Tensor) -> None:
     torch.utils.swap_tensors(a, b)  # type: ignore[no-untyped-call]
 
 
-def _replacement(t: Tensor, selection: Selection) -> Tensor:
-    """Make a tensor that can take the place of ``t``: same class, flags, gradient and hooks, only what is selected."""
-    new = select(t, selection)
+def replacement(t: Tensor, new: Tensor, gradient: Tensor | None) -> Tensor:
+    """Make a tensor with other values and gradient that can take the place of ``t``: same class, flags and hooks."""
     if isinstance(t, nn.Parameter):
         if type(new) is Tensor:
             new = Tensor._make_subclass(type(t), new, t.requires_grad)
@@ -92,13 +92,38 @@ def _replacement(t: Tensor, selection: Selection) -> Tensor:
             new = nn.Parameter(new, t.requires_grad)
         if hasattr(t, "grad_dtype"):  # not in every version of torch
             new.grad_dtype = t.grad_dtype
-        if t.grad is not None:
-            new.grad = select(t.grad, selection)
+        new.grad = gradient
     vars(new).update(vars(t))
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if getattr(t, hooks, None):
             setattr(new, hooks, getattr(t, hooks))
     return new
+
+
+def exchange(t: Tensor, new: Tensor, name: str) -> Change:
+    """Put what ``new`` holds into the very object ``t``.
+
+    Raises:
+        CutError: when it is made, if torch refuses.
+    """
+    before: int = t._cdata
+
+    def make() -> None:
+        try:
+            _swap(t, new)
+        except RuntimeError as error:
+            raise CutError(
+                f"{name} cannot be cut while something else holds it. Most likely the result of a forward "
+                "pass is still alive whose backward has not been run: run it, delete the result, or compute it under "
+                f"torch.no_grad() ({error})"
+            ) from error
+
+    def take_back() -> None:
+        if t._cdata != before:
+            # Not the tensor swapped out, but another one on its memory: torch lets no later backward use the former.
+            _swap(t, replacement(new, new.detach(), new.grad))
+
+    return Change(make, take_back)
 
 
 class Surgery:
@@ -108,6 +133,9 @@ class Surgery:
         model: The model.
         kept: What remains of each module that loses channels, by name.
         optimizer: Whose state for the parameters is cut along.
+
+    Attributes:
+        changes: All that it consists of, to be made together.
 
     Raises:
         CutError: if it cannot be done; nothing has been changed.
@@ -127,12 +155,12 @@ class Surgery:
                     self._names[t] = f"{name}.{tensor_name}"
                     self._note(t, selection)
         self._check_weak_references()
-        self._swaps = [(t, _replacement(t, selection)) for t, selection in self._selections.items()]
-        self._states = [] if optimizer is None else list(self._cut_states(optimizer))
-        self._followers: list[Callable[[], None]] = []
+        self.changes = [*self._exchanges(), *(setting(module, values) for module, values in self._attributes)]
+        if optimizer is not None:
+            self.changes += [updating(state, values) for state, values in self._cut_states(optimizer)]
         follow = getattr(optimizer, "prepare_cut", None)
         if follow is not None:
-            self._followers.append(follow(kept, self.like))
+            self.changes += follow(kept, self.like)
 
     def like(self, p: Tensor, t: Tensor) -> Tensor:
         """Cut a tensor of the shape of the parameter ``p`` as ``p`` itself will be."""
@@ -144,29 +172,12 @@ class Surgery:
         Raises:
             CutError: if torch refuses to exchange a tensor; everything is as before.
         """
-        done: list[tuple[Tensor, Tensor]] = []
-        try:
-            for old, new in self._swaps:
-                _swap(old, new)
-                done.append((old, new))
-        except BaseException as error:
-            # Not the tensors swapped out, but copies of them: torch lets no later backward pass use the former.
-            for small, whole in done:
-                _swap(small, _replacement(whole, {}))
-            if not isinstance(error, RuntimeError):
-                raise
-            raise CutError(
-                f"{self._names[old]} cannot be cut while something else holds it. Most likely the result of a forward "
-                "pass is still alive whose backward has not been run: run it, delete the result, or compute it under "
-                f"torch.no_grad() ({error})"
-            ) from error
-        for module, attributes in self._attributes:
-            for name, value in attributes.items():
-                setattr(module, name, value)
-        for state, new_values in self._states:
-            state.update(new_values)
-        for follow in self._followers:
-            follow()
+        make_all(self.changes)
+
+    def _exchanges(self) -> Iterator[Change]:
+        for t, selection in self._selections.items():
+            gradient = None if t.grad is None else select(t.grad, selection)
+            yield exchange(t, replacement(t, select(t, selection), gradient), self._names[t])
 
     def _note(self, t: Tensor, selection: Selection) -> None:
         """Remember a tensor's selection; a tensor that two modules share must be asked for the same."""
