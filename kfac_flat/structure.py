@@ -58,29 +58,22 @@ def structural_copy(model: Module, tensor: Callable[[Tensor], Tensor]) -> Module
         for t in held:
             if isinstance(t, Tensor) and id(t) not in memo:
                 memo[id(t)] = tensor(t)
-    hooks: list[tuple[nn.Module, str, Any]] = []
     try:
-        _set_aside_hooks(model, hooks)
+        for hooks in _hooks_of(model):  # the copy finds in their place those that it needs
+            kept = {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")}
+            memo[id(hooks)] = type(hooks)(copy.deepcopy(kept, memo))
         copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
         raise TypeError(
             f"the structure of {type(model).__name__} cannot be copied ({error}); "
             "give the attribute that holds it a __deepcopy__, or keep it outside the model"
         ) from error
-    finally:
-        for module, name, value in hooks:
-            setattr(module, name, value)
     for module in copied.modules():
         vars(module).pop("_compiled_call_impl", None)  # what Module.compile() made is the original's
     return copied
 
 
-def _set_aside_hooks(model: nn.Module, aside: list[tuple[nn.Module, str, Any]]) -> None:
-    """Take the user's hooks off for the time of a copy, and note in ``aside`` what to put back."""
-    for module in model.modules():
-        for name in _HOOK_DICTS:
-            hooks = getattr(module, name, None)
-            if hooks:
-                kept = {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")}
-                aside.append((module, name, hooks))
-                setattr(module, name, type(hooks)(kept))
+def _hooks_of(model: nn.Module) -> list[dict[int, Any]]:
+    """Return the dicts of hooks of all modules that have any."""
+    found = (getattr(module, name, None) for module in model.modules() for name in _HOOK_DICTS)
+    return [hooks for hooks in found if hooks]
