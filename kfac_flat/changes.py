@@ -58,6 +58,12 @@ def appending(items: list[Any], item: object) -> Change:
     return Change(partial(items.append, item), partial(items.__delitem__, slice(len(items), None)))
 
 
+def truncating(items: list[Any], length: int) -> Change:
+    """Cut a list to a length."""
+    rest = slice(length, None)
+    return Change(partial(items.__delitem__, rest), partial(items.__setitem__, rest, items[rest]))
+
+
 def _set(holder: object, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         setattr(holder, name, value)

@@ -496,6 +496,39 @@ class FlatKFAC(Optimizer):
             *(setting(calls, {"last": None}) for calls in self._recorders()),
         ]
 
+    def keep_removed(
+        self, kept: Mapping[str, Kept], join: Callable[[nn.Parameter, Tensor], Callable[[Tensor], Tensor]]
+    ) -> Callable[[], list[Change]]:
+        """Remember what a cut that is about to happen takes from the eigenvectors and the penalty's gradient.
+
+        Args:
+            kept: What remains of each module that loses channels, by name.
+            join: Remembers what a tensor of a parameter's shape loses, and returns a function that joins it again.
+
+        Returns:
+            A function that prepares to put it back. A penalty computed since then that lacks a part is computed anew.
+        """
+        vectors, norm = self._tracker.eigenvectors, self._penalty_norm
+        penalty = {p: join(p, g) for p, g in (self._penalty or {}).items()}
+        masks = dict(self._mask_terms)
+
+        def put_back() -> list[Change]:
+            known = self._penalty is not None and self._penalty.keys() <= penalty.keys()
+            known &= self._mask_terms.keys() <= masks.keys()
+            whole = {p: penalty[p](g) for p, g in (self._penalty or {}).items()} if known else None
+            terms = {
+                n: masks[n].index_copy(0, kept[n].inputs.to(m.device), m) if n in kept else m
+                for n, m in (self._mask_terms if known else {}).items()
+            }
+            length = get_total_norm(list((whole or {}).values())).to(norm)
+            return [
+                setting(self._tracker, {"eigenvectors": self._tracker.joined(vectors, kept)}),
+                setting(self, {"_penalty": whole, "_mask_terms": terms, "_penalty_norm": length}),
+                *(setting(calls, {"last": None}) for calls in self._recorders()),
+            ]
+
+        return put_back
+
     # ---------------------------------------------------------------- checkpoints and copies
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kfac_flat.changes import Change, appending, make_all, setting
+from kfac_flat.changes import Change, appending, make_all, setting, truncating
 from kfac_flat.pruning import rules
 from kfac_flat.pruning.budget import Groups, Schedule
 from kfac_flat.pruning.errors import CutError
@@ -21,6 +21,7 @@ from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.saliency import Saliency
 from kfac_flat.pruning.surgery import Surgery
 from kfac_flat.pruning.tracing import skeleton
+from kfac_flat.pruning.undo import Undo
 from kfac_flat.structure import Kept, unwrap
 
 
@@ -55,6 +56,8 @@ class NeuronPruner:
         min_neurons: Neurons that each layer keeps at least.
         round_to: Leave layers that are cut at a multiple of this width; None for any.
         ignore: Layers whose neurons stay: names (shell patterns allowed) or classes.
+        keep_removed: Keep what the last removal took, so that :meth:`undo` can put it back. It takes as much memory as
+            the removed entries of the parameters, their gradients and the optimizer's state did.
 
     Raises:
         TypeError: if ``model`` or ``optimizer`` is of another kind.
@@ -89,6 +92,7 @@ class NeuronPruner:
         min_neurons: int = 1,
         round_to: int | None = None,
         ignore: Iterable[str | type[nn.Module]] = (),
+        keep_removed: bool = False,
     ) -> None:
         self._schedule = Schedule(start, every, events)
         _check_options(model, optimizer, target, min_neurons, round_to)
@@ -104,6 +108,8 @@ class NeuronPruner:
         self._original_neurons = self._size.neurons
         self._epoch = self._event = 0
         self.history: list[PruneReport] = []
+        self._keep_removed = keep_removed
+        self._undo: tuple[Undo, dict[str, Any], int] | None = None
         self._groups: Groups
         self._saliency: Saliency
         vars(self).update(self._unscored(self._channels))
@@ -114,6 +120,9 @@ class NeuronPruner:
         """Listen to the optimizer's steps."""
         handle = self._optimizer.register_step_pre_hook(_recording_hook(self))
         weakref.finalize(self, handle.remove)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_undo": None}  # what could be undone is the original's
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -181,6 +190,38 @@ class NeuronPruner:
             return self._report(self._epoch, reason=_FINISHED if self.finished else _UNSCORED)
         return self._choose(self._epoch, scores)[0]
 
+    def undo(self) -> None:
+        """Put back the neurons that the last removal took; for pruners made with ``keep_removed=True``.
+
+        What went comes back as it was then: parameters, buffers, gradients, the optimizer's state. What stayed keeps
+        its present values, and the Parameter objects stay the same. The pruner itself is as it was before the
+        :meth:`step` that removed the neurons: its next ``step()`` ends that same epoch again.
+
+        Raises:
+            CutError: if there is nothing to undo, or it cannot be done; nothing has changed.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> pruner = NeuronPruner(
+            ...     model, optimizer, torch.randn(1, 4), target=0.5, start=1, events=1, keep_removed=True
+            ... )
+            >>> nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(3, (16,))).backward()
+            >>> optimizer.step()
+            >>> before = model[0].weight.clone().detach()
+            >>> assert pruner.step()
+            >>> pruner.undo()
+            >>> torch.equal(model[0].weight, before)
+            True
+        """
+        if not self._keep_removed:
+            raise CutError("what went has not been kept: make the pruner with keep_removed=True")
+        if self._undo is None:
+            raise CutError("there is nothing to undo: only the last removal made by step() can be undone, once")
+        self._check_known()
+        undo, before, steps = self._undo
+        make_all([*undo.changes(), setting(self, {**before, "_undo": None}), truncating(self.history, steps)])
+
     def _scores(self) -> list[float] | None:
         """Effect of removing each group, in the order of ``self._groups``; None while nothing is known of it."""
         return self._saliency.scores()
@@ -215,7 +256,11 @@ class NeuronPruner:
             positions[name] = inputs[keep.inputs], outputs[keep.outputs]
         channels = without(self._channels, gone)
         own = {"_kept": positions, "_channels": channels, "_size": size, **self._unscored(channels)}
-        return [*Surgery(self._model, kept, self._optimizer).changes, setting(self, own)]
+        surgery = Surgery(self._model, kept, self._optimizer)
+        if self._keep_removed:
+            before = {name: getattr(self, name) for name in (*own, "_epoch", "_event")}
+            own["_undo"] = Undo(surgery, kept, self._optimizer), before, len(self.history)
+        return [*surgery.changes, setting(self, own)]
 
     def _unscored(self, channels: Mapping[str, Channels]) -> dict[str, Any]:
         """Groups and scores to begin with anew: effects measured before a cut say little of the model after it."""
@@ -362,7 +407,7 @@ class NeuronPruner:
         if len(state_dict["saliency"]["total"]) != len(loaded["_groups"].ids):
             raise ValueError("the state's saliency belongs to another number of groups than this model has")
         loaded["_saliency"].load_state_dict(state_dict["saliency"])
-        loaded |= {"_epoch": state_dict["epoch"], "_event": state_dict["event"]}
+        loaded |= {"_epoch": state_dict["epoch"], "_event": state_dict["event"], "_undo": None}
         make_all([*self._cut(gone, self._size_without(gone)), setting(self, loaded)])
 
 

@@ -136,35 +136,39 @@ class Surgery:
 
     Attributes:
         changes: All that it consists of, to be made together.
+        attributes: Modules and their new attributes.
+        selections: What is kept of each tensor.
+        names: What each of them is called.
 
     Raises:
         CutError: if it cannot be done; nothing has been changed.
     """
 
     def __init__(self, model: nn.Module, kept: Mapping[str, Kept], optimizer: Optimizer | None = None) -> None:
-        self._attributes: list[tuple[nn.Module, dict[str, int]]] = []
-        self._selections: dict[Tensor, Selection] = {}
-        self._names: dict[Tensor, str] = {}
+        self.attributes: list[tuple[nn.Module, dict[str, int]]] = []
+        self.selections: dict[Tensor, Selection] = {}
+        self.names: dict[Tensor, str] = {}
         for name, keep in kept.items():
             module = model.get_submodule(name)
             cut = module_cut(module, keep)
-            self._attributes.append((module, cut.attributes))
+            self.attributes.append((module, cut.attributes))
             for tensor_name, selection in cut.tensors.items():
                 t = getattr(module, tensor_name)
                 if t is not None:
-                    self._names[t] = f"{name}.{tensor_name}"
+                    self.names[t] = f"{name}.{tensor_name}"
                     self._note(t, selection)
         self._check_weak_references()
-        self.changes = [*self._exchanges(), *(setting(module, values) for module, values in self._attributes)]
+        self.changes = [*self._exchanges(), *(setting(module, values) for module, values in self.attributes)]
         if optimizer is not None:
-            self.changes += [updating(state, values) for state, values in self._cut_states(optimizer)]
+            for _, state, selections in self.states(optimizer):
+                self.changes.append(updating(state, {k: select(state[k], s) for k, s in selections.items()}))
         follow = getattr(optimizer, "prepare_cut", None)
         if follow is not None:
             self.changes += follow(kept, self.like)
 
     def like(self, p: Tensor, t: Tensor) -> Tensor:
         """Cut a tensor of the shape of the parameter ``p`` as ``p`` itself will be."""
-        return select(t, self._selections[p]) if p in self._selections else t
+        return select(t, self.selections[p]) if p in self.selections else t
 
     def apply(self) -> None:
         """Make the cut, wholly or not at all.
@@ -175,46 +179,49 @@ class Surgery:
         make_all(self.changes)
 
     def _exchanges(self) -> Iterator[Change]:
-        for t, selection in self._selections.items():
+        for t, selection in self.selections.items():
             gradient = None if t.grad is None else select(t.grad, selection)
-            yield exchange(t, replacement(t, select(t, selection), gradient), self._names[t])
+            yield exchange(t, replacement(t, select(t, selection), gradient), self.names[t])
 
     def _note(self, t: Tensor, selection: Selection) -> None:
         """Remember a tensor's selection; a tensor that two modules share must be asked for the same."""
-        before = self._selections.setdefault(t, selection)
+        before = self.selections.setdefault(t, selection)
         if before.keys() != selection.keys() or any(not torch.equal(before[d], selection[d]) for d in before):
-            raise CutError(f"{self._names[t]} is shared by modules that would keep different parts of it")
+            raise CutError(f"{self.names[t]} is shared by modules that would keep different parts of it")
 
     def _check_weak_references(self) -> None:
         """Refuse early what torch would refuse in the middle."""
-        for t, name in self._names.items():
+        for t, name in self.names.items():
             if weakref.getweakrefs(t):
                 raise CutError(
                     f"{name} cannot be cut while something holds a weak reference to it: "
                     "drop that, or name the layer in ignore="
                 )
 
-    def _cut_states(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Yield the optimizer's state of each parameter with its new values.
+    def states(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Selection]]]:
+        """Yield each parameter, the optimizer's state of it, and what of the state's entries is kept, by key.
 
         Parameters that stay whole are looked at too: what is kept with them may concern others that do not.
+
+        Raises:
+            CutError: if the state cannot be cut along.
         """
         for p, state in optimizer.state.items():
             if isinstance(p, Tensor):
-                selection = self._selections.get(p, {})
-                yield state, {key: self._cut_state(key, value, p, selection) for key, value in state.items()}
+                selections = {key: self._of_state(key, value, p) for key, value in state.items()}
+                yield p, state, {key: selection for key, selection in selections.items() if selection}
 
-    def _cut_state(self, key: str, value: Any, t: Tensor, selection: Selection) -> Any:
-        """Cut an entry of the parameter's shape, or of length one where it summarises an axis; a number stays."""
+    def _of_state(self, key: str, value: Any, p: Tensor) -> Selection:
+        """Return what to keep of an entry of the parameter's shape, or of length one where it summarises an axis."""
         if (isinstance(value, Tensor) and value.dim() == 0) or not isinstance(value, (Tensor, list, tuple, dict)):
-            return value
-        if isinstance(value, Tensor) and value.dim() == t.dim():
-            sizes = list(zip(value.shape, t.shape, strict=True))
+            return {}
+        if isinstance(value, Tensor) and value.dim() == p.dim():
+            sizes = list(zip(value.shape, p.shape, strict=True))
             if all(size in (1, full) for size, full in sizes):
-                own = {d: index for d, index in selection.items() if sizes[d][0] == sizes[d][1]}
-                return select(value, own) if own else value
+                selection = self.selections.get(p, {})
+                return {d: index for d, index in selection.items() if sizes[d][0] == sizes[d][1]}
         raise CutError(
-            f"the optimizer keeps {key!r} for {self._names.get(t, 'a parameter')} in a form that cannot be cut along; "
+            f"the optimizer keeps {key!r} for {self.names.get(p, 'a parameter')} in a form that cannot be cut along; "
             "choose an optimizer whose state has the parameters' shapes, or ignore the layer"
         )
 
