@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 
@@ -44,24 +43,25 @@ def make_all(changes: Sequence[Change]) -> None:
 def setting(holder: object, values: Mapping[str, Any]) -> Change:
     """Give attributes that are there already new values."""
     before = {name: getattr(holder, name) for name in values}
-    return Change(partial(_set, holder, values), partial(_set, holder, before))
+    return Change(lambda: _set(holder, values), lambda: _set(holder, before))
 
 
 def updating(mapping: dict[Any, Any], values: Mapping[Any, Any]) -> Change:
     """Give keys that are there already new values."""
     before = {key: mapping[key] for key in values}
-    return Change(partial(mapping.update, values), partial(mapping.update, before))
+    return Change(lambda: mapping.update(values), lambda: mapping.update(before))
 
 
 def appending(items: list[Any], item: object) -> Change:
     """Append an item to a list."""
-    return Change(partial(items.append, item), partial(items.__delitem__, slice(len(items), None)))
+    length = len(items)
+    return Change(lambda: items.append(item), lambda: items.__delitem__(slice(length, None)))
 
 
 def truncating(items: list[Any], length: int) -> Change:
     """Cut a list to a length."""
-    rest = slice(length, None)
-    return Change(partial(items.__delitem__, rest), partial(items.__setitem__, rest, items[rest]))
+    rest, gone = slice(length, None), items[length:]
+    return Change(lambda: items.__delitem__(rest), lambda: items.__setitem__(rest, gone))
 
 
 def _set(holder: object, values: Mapping[str, Any]) -> None:
