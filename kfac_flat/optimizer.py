@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from kfac_flat.changes import Change, setting
 from kfac_flat.curvature.likelihood import Likelihood, resolve
 from kfac_flat.curvature.tracker import HostCopy, RadiusGradient, RadiusTracker
 from kfac_flat.curvature.twin import layer_names, unread_modules
@@ -451,9 +452,12 @@ class FlatKFAC(Optimizer):
 
     def _forget_calls(self) -> None:
         """Let go of the batch, which is of no use any more."""
-        self._calls.last = None
-        if self._criterion_calls is not None:
-            self._criterion_calls.last = None
+        for calls in self._recorders():
+            calls.last = None
+
+    def _recorders(self) -> list[CallRecorder]:
+        """Return those who watch the calls of model and criterion."""
+        return [calls for calls in (self._calls, self._criterion_calls) if calls is not None]
 
     def _refreshes_next(self) -> bool:
         """Tell whether the next step computes the penalty's gradient."""
@@ -468,9 +472,7 @@ class FlatKFAC(Optimizer):
 
     # ---------------------------------------------------------------- following a cut
 
-    def prepare_cut(
-        self, kept: Mapping[str, Kept], select: Callable[[nn.Parameter, Tensor], Tensor]
-    ) -> Callable[[], None]:
+    def prepare_cut(self, kept: Mapping[str, Kept], select: Callable[[nn.Parameter, Tensor], Tensor]) -> list[Change]:
         """Work out what a cut leaves of the eigenvectors and of the penalty's gradient, before it happens.
 
         Args:
@@ -478,7 +480,7 @@ class FlatKFAC(Optimizer):
             select: Cuts a tensor of a parameter's shape as that parameter will be cut.
 
         Returns:
-            A function that puts the result in place, once the parameters have been cut.
+            What puts the result in place, to be made together with the cut of the parameters.
         """
         eigenvectors = self._tracker.selected(kept)
         penalty = None if self._penalty is None else {p: select(p, g) for p, g in self._penalty.items()}
@@ -487,13 +489,45 @@ class FlatKFAC(Optimizer):
             for name, m in self._mask_terms.items()
         }
 
-        def commit() -> None:
-            self._tracker.eigenvectors = eigenvectors
-            self._penalty, self._mask_terms = penalty, mask_terms
-            self._penalty_norm = get_total_norm(list((penalty or {}).values())).to(self._penalty_norm)
-            self._forget_calls()
+        norm = get_total_norm(list((penalty or {}).values())).to(self._penalty_norm)
+        return [
+            setting(self._tracker, {"eigenvectors": eigenvectors}),
+            setting(self, {"_penalty": penalty, "_mask_terms": mask_terms, "_penalty_norm": norm}),
+            *(setting(calls, {"last": None}) for calls in self._recorders()),
+        ]
 
-        return commit
+    def keep_removed(
+        self, kept: Mapping[str, Kept], join: Callable[[nn.Parameter, Tensor], Callable[[Tensor], Tensor]]
+    ) -> Callable[[], list[Change]]:
+        """Remember what a cut that is about to happen takes from the eigenvectors and the penalty's gradient.
+
+        Args:
+            kept: What remains of each module that loses channels, by name.
+            join: Remembers what a tensor of a parameter's shape loses, and returns a function that joins it again.
+
+        Returns:
+            A function that prepares to put it back. A penalty computed since then that lacks a part is computed anew.
+        """
+        vectors, norm = self._tracker.eigenvectors, self._penalty_norm
+        penalty = {p: join(p, g) for p, g in (self._penalty or {}).items()}
+        masks = dict(self._mask_terms)
+
+        def put_back() -> list[Change]:
+            known = self._penalty is not None and self._penalty.keys() <= penalty.keys()
+            known &= self._mask_terms.keys() <= masks.keys()
+            whole = {p: penalty[p](g) for p, g in (self._penalty or {}).items()} if known else None
+            terms = {
+                n: masks[n].index_copy(0, kept[n].inputs.to(m.device), m) if n in kept else m
+                for n, m in (self._mask_terms if known else {}).items()
+            }
+            length = get_total_norm(list((whole or {}).values())).to(norm)
+            return [
+                setting(self._tracker, {"eigenvectors": self._tracker.joined(vectors, kept)}),
+                setting(self, {"_penalty": whole, "_mask_terms": terms, "_penalty_norm": length}),
+                *(setting(calls, {"last": None}) for calls in self._recorders()),
+            ]
+
+        return put_back
 
     # ---------------------------------------------------------------- checkpoints and copies
 

@@ -58,30 +58,22 @@ def structural_copy(model: Module, tensor: Callable[[Tensor], Tensor]) -> Module
         for t in held:
             if isinstance(t, Tensor) and id(t) not in memo:
                 memo[id(t)] = tensor(t)
-    hooks = _set_aside_hooks(model)
     try:
+        for hooks in _hooks_of(model):  # the copy finds in their place those that it needs
+            kept = {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")}
+            memo[id(hooks)] = type(hooks)(copy.deepcopy(kept, memo))
         copied = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:
         raise TypeError(
             f"the structure of {type(model).__name__} cannot be copied ({error}); "
             "give the attribute that holds it a __deepcopy__, or keep it outside the model"
         ) from error
-    finally:
-        for module, name, value in hooks:
-            setattr(module, name, value)
     for module in copied.modules():
         vars(module).pop("_compiled_call_impl", None)  # what Module.compile() made is the original's
     return copied
 
 
-def _set_aside_hooks(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    """Take the user's hooks off for the time of a copy; returns what to put back."""
-    aside = []
-    for module in model.modules():
-        for name in _HOOK_DICTS:
-            hooks = getattr(module, name, None)
-            if hooks:
-                aside.append((module, name, hooks))
-                kept = {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")}
-                setattr(module, name, type(hooks)(kept))
-    return aside
+def _hooks_of(model: nn.Module) -> list[dict[int, Any]]:
+    """Return the dicts of hooks of all modules that have any."""
+    found = (getattr(module, name, None) for module in model.modules() for name in _HOOK_DICTS)
+    return [hooks for hooks in found if hooks]

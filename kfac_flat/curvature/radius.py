@@ -72,6 +72,28 @@ class Eigenvectors:
         G = self.G.reshape(-1).index_select(0, outputs).reshape(groups, -1)
         return Eigenvectors(_unit(A), _unit(G))
 
+    def joined_to(self, left: Eigenvectors, layer: Layer, kept: Kept) -> Eigenvectors:
+        """Return what they become when the channels that a cut took come back: the inverse of :meth:`index_select`.
+
+        What was kept points where ``left`` points now, with the share of the length that it had.
+        """
+        cut = self.index_select(layer, kept)
+        if torch.equal(cut.A, left.A) and torch.equal(cut.G, left.G):
+            return self
+        return Eigenvectors(
+            _joined(self.A, left.A.to(self.A), kept.inputs, inputs_per_channel(layer)),
+            _joined(self.G, left.G.to(self.G), kept.outputs, 1),
+        )
+
+
+def _joined(whole: Tensor, left: Tensor, kept: Tensor, per_channel: int) -> Tensor:
+    """Put ``left`` in the place of the kept channels, group by group as long as these are."""
+    rows = whole.reshape(-1, per_channel).clone()
+    kept = kept.to(rows.device)
+    lengths = rows[kept].reshape(left.shape).norm(dim=1, keepdim=True)
+    rows[kept] = (left * lengths).reshape(-1, per_channel)
+    return rows.reshape(whole.shape)
+
 
 @dataclass(frozen=True)
 class LayerData:

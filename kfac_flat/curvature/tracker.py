@@ -165,6 +165,11 @@ class RadiusTracker:
             for name, v in self.eigenvectors.items()
         }
 
+    def joined(self, before: Mapping[str, Eigenvectors], kept: Mapping[str, Kept]) -> dict[str, Eigenvectors]:
+        """Eigenvectors as they will be when a cut is undone, ``before`` which they were these."""
+        now = {name: v for name, v in self.eigenvectors.items() if name not in kept or name in before}
+        return {n: before[n].joined_to(v, self._layer(n), kept[n]) if n in kept else v for n, v in now.items()}
+
     def reset(self) -> None:
         """Forget everything seen."""
         self.eigenvectors, self.radii, self._host_names = {}, {}, []

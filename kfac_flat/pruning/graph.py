@@ -80,6 +80,7 @@ class NeuronGraph:
         hidden: Those whose outputs do not form the model's output.
         consumers: Those that read neurons; a depthwise convolution goes with what it reads.
         positions: How often each module's weight is applied for one example in eval mode, by name.
+        macs: Multiply-accumulates of one example in eval mode.
         inputs: How the model is called.
         frozen: For each producer with neurons that cannot go, by name, the first reason.
 
@@ -102,6 +103,7 @@ class NeuronGraph:
         self._whole_rows: set[Place] = set()  # where neurons are dealt out to attention heads
         self._numbers: dict[Place, Any] = {}  # what operations compute with, in the dense model
         self.positions: dict[str, float] = {}
+        self.macs = 0
         self.channels, self.frozen = self._group()
         while (failure := self._try_cuts()) is not None:
             if failure.place in self._stuck:
@@ -177,12 +179,14 @@ class NeuronGraph:
         for program in self._programs.values():
             try:
                 table.positions.clear()
-                self._numbers.update(self._run(self._bare, program, table).numbers)
+                ran = self._run(self._bare, program, table)
             except FailedAtError as error:
                 raise ValueError(
                     f"the model does not run on example_inputs: {error} Give what the model is called with: a tensor, "
                     "a tuple of positional or a dict of keyword arguments"
                 ) from error
+            self._numbers.update(ran.numbers)
+            self.macs = ran.flops // (2 * self.inputs.batch_size)
         self.positions = {name: n / self.inputs.batch_size for name, n in table.positions.items()}  # eval came last
         for name, reason in self._ignore.items():
             if name in table.outputs:
@@ -192,7 +196,7 @@ class NeuronGraph:
     def _try_cuts(self) -> FailedAtError | None:
         """Cut skeletons at random and verify them; returns what went wrong first, if anything did."""
         groups = Groups.of({name: c.outputs for name, c in self.channels.items()})
-        half = sum(sum(members.values()) for members in groups.members) // 2
+        half = int(groups.neurons.sum()) // 2
         for seed in range(_TRIALS):
             scores = torch.rand(len(groups.ids), generator=torch.Generator().manual_seed(seed)).tolist()
             gone = groups.cheapest(scores, half, min_neurons=1, round_to=1)

@@ -93,7 +93,11 @@ class Propagation(fx.Interpreter):
         with contextlib.ExitStack() as stack:
             if not (layer or (rule is not None and given)):
                 stack.enter_context(torch.device("meta"))
-            if layer or rule is None or rule in rules.PRODUCTS:
+            if isinstance(target, nn.Module) and layer:
+                multiplies = rules.is_producer(target)
+            else:
+                multiplies = rule is None or rule in rules.PRODUCTS
+            if multiplies:
                 counter = stack.enter_context(FlopCounterMode(display=False))
                 stack.callback(lambda: self._count(counter))
             yield
@@ -106,9 +110,11 @@ class Propagation(fx.Interpreter):
         return self._program.constants[target] if target in self._program.constants else super().fetch_attr(target)
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a submodule; one that could not be traced runs on zeros, for the shape of its result."""
+        """Run a submodule, if need be; one that could not be traced runs on zeros, for the shape of its result."""
         real = self._program.opaque.get(target)
         if real is None:
+            if len(args) == 1 and not kwargs and rules.changes_no_shape(self.submodules[target], args[0]):
+                return torch.empty_like(args[0])  # norms without data take longer than with
             return super().call_module(target, args, kwargs)
         device = next((t.device for t in (*real.parameters(), *real.buffers())), torch.device("cpu"))
         zeros = map_tensors(lambda t: torch.zeros_like(t, device=device), (args, kwargs))

@@ -706,3 +706,13 @@ def find(target: Any) -> Rule | None:
 def keeps_shape(target: Any) -> bool:
     """Tell whether a call returns its first argument changed in nothing but its numbers, such as dropout."""
     return find(target) is _same_shape
+
+
+def changes_no_shape(module: nn.Module, x: Tensor) -> bool:
+    """Tell whether a module is known to accept this input and return as large a tensor: activations and norms."""
+    if isinstance(module, nn.LayerNorm) and find(module) is not None:
+        return tuple(x.shape[-len(module.normalized_shape) :]) == tuple(module.normalized_shape)
+    if passes_channels(module):
+        dim = _channel_axis(module, x)
+        return 0 < dim < x.dim() and x.shape[dim] == channel_counts(module)[1]
+    return keeps_shape(module)

@@ -7,8 +7,6 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import compress
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from kfac_flat.changes import Change, appending, make_all, setting, truncating
 from kfac_flat.distributed import Agreement
 from kfac_flat.pruning import rules
 from kfac_flat.pruning.budget import Groups, Ranking, Schedule
@@ -27,6 +26,7 @@ from kfac_flat.pruning.options import Options
 from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.saliency import Saliency
 from kfac_flat.pruning.surgery import Surgery, difference
+from kfac_flat.pruning.undo import Undo
 from kfac_flat.structure import Kept, structural_copy, unwrap
 
 
@@ -79,6 +79,8 @@ class NeuronPruner:
         per: What scores are counted per: the "neuron", "parameter" or "mac" that a removal saves, or the "group".
         ignore: Layers whose neurons stay: names (shell patterns allowed) or classes.
         copies: Models of the same structure that are cut along, such as an ``AveragedModel`` or a teacher.
+        keep_removed: Keep what the last removal took, so that :meth:`undo` can put it back. It takes as much memory as
+            the removed entries of the parameters, their gradients and the optimizer's state did.
 
     Attributes:
         history: The reports of all :meth:`step` calls of this object, oldest first.
@@ -126,6 +128,7 @@ class NeuronPruner:
         per: str = "neuron",
         ignore: Iterable[str | type[nn.Module]] = (),
         copies: Iterable[nn.Module] = (),
+        keep_removed: bool = False,
     ) -> None:
         schedule = Schedule(start, every, events, pace)
         self._options = Options(
@@ -141,11 +144,15 @@ class NeuronPruner:
         )
         self._channels = self._graph.channels
         self._kept = {n: (torch.arange(len(c.inputs)), torch.arange(len(c.outputs))) for n, c in self._channels.items()}
-        self._size = self._original = self._measure(_NONE)
+        self._size = self._original = self._dense_size()
         self._schedule = replace(schedule, events=self._options.events(self._size.neurons, events))
         self._epoch = self._event = 0
         self.history: list[PruneReport] = []
-        self._restart()
+        self._keep_removed = keep_removed
+        self._undo: tuple[Undo, dict[str, Any], int] | None = None
+        self._groups: Groups
+        self._saliency: Saliency
+        vars(self).update(self._unscored(self._channels))
         self._check_reachable()
         self._attach()
 
@@ -153,6 +160,9 @@ class NeuronPruner:
         """Listen to the optimizer's steps."""
         handle = self._optimizer.register_step_pre_hook(_recording_hook(self))
         weakref.finalize(self, handle.remove)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_undo": None}  # what could be undone is the original's
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -208,6 +218,7 @@ class NeuronPruner:
 
     # ---------------------------------------------------------------- stepping
 
+    @torch.inference_mode(False)  # what is made there could never be trained
     def step(self) -> PruneReport:
         """End an epoch: remove neurons if the schedule says so, and report.
 
@@ -216,30 +227,29 @@ class NeuronPruner:
         """
         epoch = self._epoch + 1
         with Agreement(needed=not self.finished and self._schedule.is_due(epoch)) as agreement:
-            report = self._end(epoch, agreement)
-        self._epoch = epoch
-        self.history.append(report)
+            report, changes = self._end(epoch, agreement)
+            make_all([*changes, appending(self.history, report)])
         return report
 
-    def _end(self, epoch: int, agreement: Agreement) -> PruneReport:
-        """Remove neurons if the schedule says so at the end of this epoch."""
+    def _end(self, epoch: int, agreement: Agreement) -> tuple[PruneReport, list[Change]]:
+        """Prepare what is to happen at the end of this epoch."""
         self._check_known()
         scores = agreement.on_scores(self._scores())
+        own: dict[str, Any] = {"_epoch": epoch}
+        changes: list[Change] = []
         if self.finished:
-            return self._report(epoch, reason=_FINISHED)
-        if not self._schedule.is_due(epoch):
-            return self._report(epoch, reason=f"the schedule has no removal at the end of epoch {epoch}")
-        if scores is None:
-            return self._report(epoch, reason=_UNSCORED)
-        report, gone = self._choose(epoch, scores)
-        if report:
-            self._cut(gone, partial(agreement.on_cut, gone))
-            self._size = report.after
-            self._restart()
+            report = self._report(epoch, reason=_FINISHED)
+        elif not self._schedule.is_due(epoch):
+            report = self._report(epoch, reason=f"the schedule has no removal at the end of epoch {epoch}")
+        elif scores is None:
+            report = self._report(epoch, reason=_UNSCORED)
         else:
-            agreement.on_cut(gone)
-        self._event += 1
-        return report
+            report, gone = self._choose(epoch, scores)
+            own["_event"] = self._event + 1
+            if report:
+                changes = self._cut(gone, report.after)
+            changes.append(Change(lambda: agreement.on_cut(gone), lambda: None))
+        return report, [*changes, setting(self, own)]
 
     def plan(self) -> PruneReport:
         """Tell what the next removal would do if it came now; nothing changes."""
@@ -248,6 +258,39 @@ class NeuronPruner:
         if self.finished or scores is None:
             return self._report(self._epoch, reason=_FINISHED if self.finished else _UNSCORED)
         return self._choose(self._epoch, scores)[0]
+
+    @torch.inference_mode(False)  # what is made there could never be trained
+    def undo(self) -> None:
+        """Put back the neurons that the last removal took; for pruners made with ``keep_removed=True``.
+
+        What went comes back as it was then: parameters, buffers, gradients, the optimizer's state. What stayed keeps
+        its present values, and the Parameter objects stay the same. The pruner itself is as it was before the
+        :meth:`step` that removed the neurons: its next ``step()`` ends that same epoch again.
+
+        Raises:
+            CutError: if there is nothing to undo, or it cannot be done; nothing has changed.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> pruner = NeuronPruner(
+            ...     model, optimizer, torch.randn(1, 4), target=0.5, start=1, events=1, keep_removed=True
+            ... )
+            >>> nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(3, (16,))).backward()
+            >>> optimizer.step()
+            >>> before = model[0].weight.clone().detach()
+            >>> assert pruner.step()
+            >>> pruner.undo()
+            >>> torch.equal(model[0].weight, before)
+            True
+        """
+        if not self._keep_removed:
+            raise CutError("what went has not been kept: make the pruner with keep_removed=True")
+        if self._undo is None:
+            raise CutError("there is nothing to undo: only the last removal made by step() can be undone, once")
+        self._check_known()
+        undo, before, steps = self._undo
+        make_all([*undo.changes(), setting(self, {**before, "_undo": None}), truncating(self.history, steps)])
 
     def _scores(self) -> list[float] | None:
         """Effect of removing each group, in the order of ``self._groups``; None while nothing is known of it."""
@@ -269,18 +312,18 @@ class NeuronPruner:
     def _fewest(self, scores: Sequence[float], goal: float, floors: Mapping[str, int]) -> Tensor:
         """Return as few groups as bring the budget down to the goal; all that the floors allow if they do not."""
         costs, ranking = Costs(self._model, self._channels, self._graph.positions), self._options.ranking
-        parameters, macs = costs.of_each(self._groups.ids)
-        per = {"neuron": self._groups.neurons, "group": [1] * len(scores)}
-        per |= {"parameter": parameters.tolist(), "mac": macs.tolist()}
+        effects = torch.tensor(scores, dtype=torch.float64)
         if ranking.normalize is not None:
-            scores = self._groups.normalised(scores, ranking.normalize)
+            effects = self._groups.normalised(effects, ranking.normalize)
+        parameters, macs = costs.of_each(self._groups.ids)
+        each = {"neuron": self._groups.neurons.double(), "parameter": parameters, "mac": macs}
         order = self._groups.order(
-            *(scores, per[ranking.per]),
+            *(effects, each.get(ranking.per, torch.ones_like(effects))),
             floors=floors,
             round_to=self._options.round_to,
             layerwise=ranking.scope == "layer",
         )
-        return self._groups.fewest(order, lambda gone: self._amount_without(gone, costs) <= goal)
+        return order.fewest(lambda gone: self._amount_without(gone, costs) <= goal)
 
     def _amount(self, size: Size) -> float:
         """What a size is in terms of the budget."""
@@ -291,14 +334,18 @@ class NeuronPruner:
         if self._options.budget == "latency":
             return self._latency(gone)
         if self._options.budget == "neurons":
-            lost = torch.isin(self._groups.ids, gone)
-            return self._size.neurons - sum(compress(self._groups.neurons, lost.tolist()))
+            return self._size.neurons - self._groups.neurons_of(gone)
         parameters, macs = costs.saved(gone)
         return self._amount(self._size) - (parameters if self._options.budget == "parameters" else macs)
 
     def _floors(self) -> dict[str, int]:
         dense = {name: len(channels.outputs) for name, channels in self._graph.channels.items()}
         return self._options.floors(self._groups.widths, dense)
+
+    def _dense_size(self) -> Size:
+        neurons = sum(len(self._graph.channels[name].outputs) for name in self._graph.hidden)
+        size = Size(neurons, sum(p.numel() for p in self._model.parameters()), self._graph.macs)
+        return replace(size, latency=self._latency(_NONE)) if self._options.budget == "latency" else size
 
     def _measure(self, gone: Tensor) -> Size:
         """Prove on a skeleton that the model can do without these groups, and return the size that it would have."""
@@ -311,20 +358,29 @@ class NeuronPruner:
         Surgery(small, kept_without(self._channels, gone)).apply()
         return latency(small, self._graph.inputs)
 
-    def _cut(self, gone: Tensor, agree: Callable[[], None] = lambda: None) -> None:
-        """Make a cut on the model and all that follows it; what ``agree`` raises undoes it."""
+    def _cut(self, gone: Tensor, size: Size) -> list[Change]:
+        """Prepare a cut of the model and all that follows it, this pruner included."""
         kept = kept_without(self._channels, gone)
-        Surgery(self._model, kept, self._optimizer, self._copies).apply(agree)
+        positions = dict(self._kept)
         for name, keep in kept.items():
-            inputs, outputs = self._kept[name]
-            self._kept[name] = inputs[keep.inputs], outputs[keep.outputs]
-        self._channels = without(self._channels, gone)
+            inputs, outputs = positions[name]
+            positions[name] = inputs[keep.inputs], outputs[keep.outputs]
+        channels = without(self._channels, gone)
+        own = {"_kept": positions, "_channels": channels, "_size": size, **self._unscored(channels)}
+        surgery = Surgery(self._model, kept, self._optimizer, self._copies)
+        if self._keep_removed:
+            before = {name: getattr(self, name) for name in (*own, "_epoch", "_event")}
+            own["_undo"] = Undo(surgery, kept, self._optimizer), before, len(self.history)
+        return [*surgery.changes, setting(self, own)]
 
-    def _restart(self) -> None:
-        """Begin to score anew: effects measured before a cut say little of the model after it."""
-        self._groups = self._groups_of(self._channels)
+    def _unscored(self, channels: Mapping[str, Channels]) -> dict[str, Any]:
+        """Groups and scores to begin with anew: effects measured before a cut say little of the model after it."""
+        groups = self._groups_of(channels)
         consumers = {name: self._model.get_submodule(name) for name in self._graph.consumers}
-        self._saliency = Saliency(consumers, {n: self._channels[n].inputs for n in consumers}, self._groups.ids)
+        return {
+            "_groups": groups,
+            "_saliency": Saliency(consumers, {n: channels[n].inputs for n in consumers}, groups.ids),
+        }
 
     def _knows_the_model(self) -> bool:
         """Tell whether the model's layers are as wide as this pruner left them."""
@@ -422,6 +478,7 @@ class NeuronPruner:
             "saliency": self._saliency.state_dict(),
         }
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Cut the fresh dense model to the recorded shape and go on from there.
 
@@ -454,17 +511,14 @@ class NeuronPruner:
                 and torch.equal(outputs[keep.outputs], layers[name][1])
             ):
                 raise ValueError(f"the state keeps other channels of {name} than go together in this model")
-        groups = self._groups_of(without(self._channels, gone))
-        if len(state_dict["saliency"]["total"]) != len(groups.ids):
+        loaded = self._unscored(without(self._channels, gone))
+        if len(state_dict["saliency"]["total"]) != len(loaded["_groups"].ids):
             raise ValueError("the state's saliency belongs to another number of groups than this model has")
-        if len(gone):
-            self._cut(gone)
-        self._size = self._measure(_NONE)
+        loaded["_saliency"].load_state_dict(state_dict["saliency"])
+        loaded |= {"_epoch": state_dict["epoch"], "_event": state_dict["event"], "_undo": None}
         if self._options.budget == "latency":  # what the rest of the run is measured by
-            self._original = replace(self._original, latency=state_dict["original"])
-        self._epoch, self._event = state_dict["epoch"], state_dict["event"]
-        self._restart()
-        self._saliency.load_state_dict(state_dict["saliency"])
+            loaded["_original"] = replace(self._original, latency=state_dict["original"])
+        make_all([*self._cut(gone, self._measure(gone)), setting(self, loaded)])
 
 
 _NONE = torch.tensor([], dtype=torch.long)
@@ -505,6 +559,9 @@ def _ignored(model: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> dict[
     modules = dict(model.named_modules())
     found: dict[str, str] = {}
     for choice in ignore:
+        if not isinstance(choice, (str, type)):
+            meant = "".join(f"; say {name!r}" for name, module in modules.items() if module is choice)
+            raise ValueError(f"ignore= takes names and classes, not a {type(choice).__name__} itself{meant}")
         roots = [
             name
             for name, module in modules.items()

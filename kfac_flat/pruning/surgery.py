@@ -6,9 +6,8 @@ Everything is computed before anything is swapped, and what was swapped can be s
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kfac_flat.changes import Change, make_all, setting, updating
 from kfac_flat.pruning import rules
 from kfac_flat.pruning.attention import FewerHeadsAttention
 from kfac_flat.pruning.errors import CutError
@@ -122,9 +122,8 @@ def _swap(a: Tensor, b: Tensor) -> None:
     torch.utils.swap_tensors(a, b)  # type: ignore[no-untyped-call]
 
 
-def _replacement(t: Tensor, selection: Selection) -> Tensor:
-    """Make a tensor that can take the place of ``t``: same class, flags, gradient and hooks, only what is selected."""
-    new = select(t, selection)
+def replacement(t: Tensor, new: Tensor, gradient: Tensor | None) -> Tensor:
+    """Make a tensor with other values and gradient that can take the place of ``t``: same class, flags and hooks."""
     if isinstance(t, nn.Parameter):
         if type(new) is Tensor:
             new = Tensor._make_subclass(type(t), new, t.requires_grad)
@@ -132,8 +131,7 @@ def _replacement(t: Tensor, selection: Selection) -> Tensor:
             new = nn.Parameter(new, t.requires_grad)
         if hasattr(t, "grad_dtype"):  # not in every version of torch
             new.grad_dtype = t.grad_dtype
-        if t.grad is not None:
-            new.grad = select(t.grad, selection)
+        new.grad = gradient
     vars(new).update(vars(t))
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if getattr(t, hooks, None):
@@ -141,14 +139,31 @@ def _replacement(t: Tensor, selection: Selection) -> Tensor:
     return new
 
 
-def _assign(module: nn.Module, attributes: Mapping[str, Any]) -> None:
-    for name, value in attributes.items():
-        setattr(module, name, value)
+def exchange(t: Tensor, new: Tensor, name: str) -> Change:
+    """Put what ``new`` holds into the very object ``t``.
 
+    Raises:
+        CutError: when it is made, if torch refuses.
+    """
+    before: int = t._cdata
 
-def _exchange_back(small: Tensor, whole: Tensor) -> None:
-    """Take back an exchange, with a copy: torch lets no later backward pass use the tensor that was swapped out."""
-    _swap(small, _replacement(whole, {}))
+    def make() -> None:
+        try:
+            _swap(t, new)
+        except RuntimeError as error:
+            raise CutError(
+                f"{name} cannot be cut while something else holds it. Most likely the result of a forward "
+                "pass is still alive whose backward has not been run: run it, delete the result, or compute it under "
+                "torch.no_grad(). A DistributedDataParallel lets go of it within kfac_flat.rewrap(wrapper) "
+                f"({error})"
+            ) from error
+
+    def take_back() -> None:
+        if t._cdata != before:
+            # Not the tensor swapped out, but another one on its memory: torch lets no later backward use the former.
+            _swap(t, replacement(new, new.detach(), new.grad))
+
+    return Change(make, take_back)
 
 
 def difference(model: nn.Module, other: nn.Module) -> str:
@@ -178,7 +193,13 @@ class Surgery:
         model: The model.
         kept: What remains of each module that loses channels, by name.
         optimizer: Whose state for the parameters is cut along.
-        copies: Models of the same structure that are cut along.
+        copies: Models of the same structure that are cut alike.
+
+    Attributes:
+        changes: All that it consists of, to be made together.
+        attributes: Modules and their new attributes.
+        selections: What is kept of each tensor.
+        names: What each of them is called.
 
     Raises:
         CutError: if it cannot be done; nothing has been changed.
@@ -192,9 +213,9 @@ class Surgery:
         optimizer: Optimizer | None = None,
         copies: Sequence[nn.Module] = (),
     ) -> None:
-        self._selections: dict[Tensor, Selection] = {}
-        self._names: dict[Tensor, str] = {}
-        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.attributes: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.selections: dict[Tensor, Selection] = {}
+        self.names: dict[Tensor, str] = {}
         self._plan(model, kept)
         for i, copied in enumerate(copies):
             different = difference(model, copied)
@@ -202,52 +223,31 @@ class Surgery:
                 raise CutError(f"copies[{i}] is no copy of the model any more: {different}")
             self._plan(copied, kept, f" of copies[{i}]")
         self._check_weak_references()
-        self._swaps = [(t, _replacement(t, selection)) for t, selection in self._selections.items()]
-        self._states = [] if optimizer is None else list(self._cut_states(optimizer))
-        self._followers: list[Callable[[], None]] = []
+        self.changes = [*self._exchanges(), *(setting(module, values) for module, values in self.attributes)]
+        if optimizer is not None:
+            for _, state, selections in self.states(optimizer):
+                self.changes.append(updating(state, {k: select(state[k], s) for k, s in selections.items()}))
         follow = getattr(optimizer, "prepare_cut", None)
         if follow is not None:
-            self._followers.append(follow(kept, self.like))
+            self.changes += follow(kept, self.like)
 
     def like(self, p: Tensor, t: Tensor) -> Tensor:
         """Cut a tensor of the shape of the parameter ``p`` as ``p`` itself will be."""
-        return select(t, self._selections[p]) if p in self._selections else t
+        return select(t, self.selections[p]) if p in self.selections else t
 
     @torch.inference_mode(False)
-    def apply(self, agree: Callable[[], None] = lambda: None) -> None:
+    def apply(self) -> None:
         """Make the cut, wholly or not at all.
-
-        Args:
-            agree: Called when all that can fail has been done; what it raises undoes the cut.
 
         Raises:
             CutError: if torch refuses to exchange a tensor; everything is as before.
         """
-        with contextlib.ExitStack() as undo:
-            for old, new in self._swaps:
-                self._exchange(old, new)
-                undo.callback(_exchange_back, old, new)
-            for module, attributes in self._attributes:
-                undo.callback(_assign, module, {name: getattr(module, name) for name in attributes})
-                _assign(module, attributes)
-            for state, values in self._states:
-                undo.callback(state.update, {key: state[key] for key in values})
-                state.update(values)
-            agree()
-            for follow in self._followers:
-                follow()
-            undo.pop_all()
+        make_all(self.changes)
 
-    def _exchange(self, old: Tensor, new: Tensor) -> None:
-        try:
-            _swap(old, new)
-        except RuntimeError as error:
-            raise CutError(
-                f"{self._names[old]} cannot be cut while something else holds it. Most likely the result of a forward "
-                "pass is still alive whose backward has not been run: run it, delete the result, or compute it under "
-                "torch.no_grad(). A DistributedDataParallel lets go of it within kfac_flat.rewrap(wrapper) "
-                f"({error})"
-            ) from error
+    def _exchanges(self) -> Iterator[Change]:
+        for t, selection in self.selections.items():
+            gradient = None if t.grad is None else select(t.grad, selection)
+            yield exchange(t, replacement(t, select(t, selection), gradient), self.names[t])
 
     def _plan(self, model: nn.Module, kept: Mapping[str, Kept], where: str = "") -> None:
         """Note what the modules of a model become."""
@@ -255,49 +255,52 @@ class Surgery:
             part = rules.part(model, name)
             cut = module_cut(part, keep)
             module = part.module if isinstance(part, rules.SizeAttribute) else part
-            self._attributes.append((module, cut.attributes))
+            self.attributes.append((module, cut.attributes))
             for tensor_name, selection in cut.tensors.items():
                 t = getattr(module, tensor_name)
                 if t is not None:
-                    self._names.setdefault(t, f"{name}.{tensor_name}{where}")
+                    self.names.setdefault(t, f"{name}.{tensor_name}{where}")
                     self._note(t, selection)
 
     def _note(self, t: Tensor, selection: Selection) -> None:
         """Remember a tensor's selection; a tensor that two modules share must be asked for the same."""
-        before = self._selections.setdefault(t, selection)
+        before = self.selections.setdefault(t, selection)
         if before.keys() != selection.keys() or any(not torch.equal(before[d], selection[d]) for d in before):
-            raise CutError(f"{self._names[t]} is shared by modules that would keep different parts of it")
+            raise CutError(f"{self.names[t]} is shared by modules that would keep different parts of it")
 
     def _check_weak_references(self) -> None:
         """Refuse early what torch would refuse in the middle."""
-        for t, name in self._names.items():
+        for t, name in self.names.items():
             if weakref.getweakrefs(t):
                 raise CutError(
                     f"{name} cannot be cut while something holds a weak reference to it: "
                     "drop that, or name the layer in ignore="
                 )
 
-    def _cut_states(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Yield the optimizer's state of each parameter with its new values.
+    def states(self, optimizer: Optimizer) -> Iterator[tuple[Tensor, dict[str, Any], dict[str, Selection]]]:
+        """Yield each parameter, the optimizer's state of it, and what of the state's entries is kept, by key.
 
         Parameters that stay whole are looked at too: what is kept with them may concern others that do not.
+
+        Raises:
+            CutError: if the state cannot be cut along.
         """
         for p, state in optimizer.state.items():
             if isinstance(p, Tensor):
-                selection = self._selections.get(p, {})
-                yield state, {key: self._cut_state(key, value, p, selection) for key, value in state.items()}
+                selections = {key: self._of_state(key, value, p) for key, value in state.items()}
+                yield p, state, {key: selection for key, selection in selections.items() if selection}
 
-    def _cut_state(self, key: str, value: Any, t: Tensor, selection: Selection) -> Any:
-        """Cut an entry of the parameter's shape, or of length one where it summarises an axis; a number stays."""
+    def _of_state(self, key: str, value: Any, p: Tensor) -> Selection:
+        """Return what to keep of an entry of the parameter's shape, or of length one where it summarises an axis."""
         if (isinstance(value, Tensor) and value.dim() == 0) or not isinstance(value, (Tensor, list, tuple, dict)):
-            return value
-        if isinstance(value, Tensor) and value.dim() == t.dim():
-            sizes = list(zip(value.shape, t.shape, strict=True))
+            return {}
+        if isinstance(value, Tensor) and value.dim() == p.dim():
+            sizes = list(zip(value.shape, p.shape, strict=True))
             if all(size in (1, full) for size, full in sizes):
-                own = {d: index for d, index in selection.items() if sizes[d][0] == sizes[d][1]}
-                return select(value, own) if own else value
+                selection = self.selections.get(p, {})
+                return {d: index for d, index in selection.items() if sizes[d][0] == sizes[d][1]}
         raise CutError(
-            f"the optimizer keeps {key!r} for {self._names.get(t, 'a parameter')} in a form that cannot be cut along; "
+            f"the optimizer keeps {key!r} for {self.names.get(p, 'a parameter')} in a form that cannot be cut along; "
             "choose an optimizer whose state has the parameters' shapes, or ignore the layer"
         )
 

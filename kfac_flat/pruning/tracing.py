@@ -199,6 +199,25 @@ class _Tracer(fx.Tracer):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
+        """Hand out the parts of a tensor as a tuple where their number is written in the call that makes them."""
+        proxy: Any = super().create_proxy(kind, target, args, kwargs, *others, **options)
+        number = _number_of_parts(proxy.node)
+        if number is None:
+            return proxy
+        parts = tuple(proxy[i] for i in range(number))
+        self._parts += [part.node for part in parts]
+        return parts
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        """Trace, and forget the parts that nothing reads."""
+        self._parts: list[fx.Node] = []
+        graph = super().trace(*args, **kwargs)
+        for part in self._parts:
+            if not part.users:
+                graph.erase_node(part)
+        return graph
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -209,3 +228,16 @@ class _Tracer(fx.Tracer):
             if self.failed is None:
                 self.failed = self.path_of_module(m)
             raise
+
+
+def _number_of_parts(node: fx.Node) -> int | None:
+    """Return how many parts a call of ``chunk`` or ``split`` asks for; None where only the data's shape tells."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    asked = next(iter([*node.args[1:], *node.kwargs.values()]), None)
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if name == "chunk" and isinstance(asked, int):
+        return asked
+    if name in ("split", "split_with_sizes") and isinstance(asked, (list, tuple)):
+        return len(asked)
+    return None

@@ -11,6 +11,7 @@ from torch import Tensor, nn, optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kfac_flat import CutError, NeuronPruner
+from kfac_flat.changes import Change
 from tests.pruning.by_hand import WIDTHS, Before, Remaining, assert_same_tensors, batch, network, pruner_of, train
 from tests.pruning.test_surgery import Failure, assert_same
 
@@ -151,13 +152,13 @@ def test_a_failure_after_the_last_exchange_rolls_back_all_as_well(monkeypatch: p
     x, y = batch()
     run = start()
 
-    def prepare_cut(kept: object, select: object) -> Any:
+    def prepare_cut(kept: object, select: object) -> list[Change]:
         def commit() -> None:
             assert run[0][0].out_channels < WIDTHS["0"]
             assert len(run[2].module[0].weight) < WIDTHS["0"]
             raise MemoryError("injected")
 
-        return commit
+        return [Change(commit, lambda: None)]
 
     pruner = pruner_of(run[0], run[1], x, copies=[run[2]])
     train_averaged(run, x, y, 2)
