@@ -93,11 +93,7 @@ class Propagation(fx.Interpreter):
         with contextlib.ExitStack() as stack:
             if not (layer or (rule is not None and given)):
                 stack.enter_context(torch.device("meta"))
-            if isinstance(target, nn.Module) and layer:
-                multiplies = rules.is_producer(target)
-            else:
-                multiplies = rule is None or rule in rules.PRODUCTS
-            if multiplies:
+            if (rule is None and not layer) or rule in rules.PRODUCTS:
                 counter = stack.enter_context(FlopCounterMode(display=False))
                 stack.callback(lambda: self._count(counter))
             yield
@@ -115,7 +111,11 @@ class Propagation(fx.Interpreter):
         if real is None:
             if len(args) == 1 and not kwargs and rules.changes_no_shape(self.submodules[target], args[0]):
                 return torch.empty_like(args[0])  # norms without data take longer than with
-            return super().call_module(target, args, kwargs)
+            result = super().call_module(target, args, kwargs)
+            module = self.submodules[target]
+            if rules.is_producer(module) and not rules.is_attention(module):
+                self.flops += 2 * rules.positions(module, args[0], result) * rules.weight_of(module).numel()
+            return result
         device = next((t.device for t in (*real.parameters(), *real.buffers())), torch.device("cpu"))
         zeros = map_tensors(lambda t: torch.zeros_like(t, device=device), (args, kwargs))
         with torch.device(device), torch.random.fork_rng(devices=[]):

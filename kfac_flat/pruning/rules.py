@@ -229,9 +229,13 @@ def run_layer(table: Table, name: str, module: nn.Module, x: Tensor, result: Ten
     if inputs is None:
         table.freeze(x, f"{name} reads different neurons at different positions")
         inputs = fixed(torch.Size([x.shape[dim]]))
-    reader = x if isinstance(module, TRANSPOSED) else result  # what runs over the positions of the weight
-    positions = reader.numel() // max(1, reader.shape[dim])
-    return along(table.layer(name, module, inputs, positions), dim, result.shape)
+    return along(table.layer(name, module, inputs, positions(module, x, result)), dim, result.shape)
+
+
+def positions(module: nn.Module, x: Tensor, result: Tensor) -> int:
+    """Return how often a layer's weight is applied: for each output position, or input position if it is TRANSPOSED."""
+    over = x if isinstance(module, TRANSPOSED) else result
+    return over.numel() // max(1, over.shape[_channel_axis(module, over)])
 
 
 def _attend(op: Operation) -> Any:
@@ -244,8 +248,8 @@ def _attend(op: Operation) -> Any:
         raise NoRuleError("reads different neurons at different positions")
     for line in lines[1:]:  # one matrix reads all three
         op.table.tie(lines[0], line)
-    positions = (q.numel() // q.shape[-1] + 2 * k.numel() // k.shape[-1]) // 3
-    projected = op.table.layer(op.name, module, lines[0], positions)
+    applied = (q.numel() // q.shape[-1] + 2 * k.numel() // k.shape[-1]) // 3
+    projected = op.table.layer(op.name, module, lines[0], applied)
     heads = projected[: len(projected) // 3]
     out = op.table.layer(f"{op.name}.out_proj", module.out_proj, heads, q.numel() // q.shape[-1])
     attended, weights = op.result
@@ -685,7 +689,7 @@ _SIZED = {
 NAMED_RULES: dict[str, Rule] = {"torchvision.ops.stochastic_depth.stochastic_depth": _same_shape}
 
 # Rules of operations that multiply activations with each other.
-PRODUCTS = (_matmul, _einsum, _attention)
+PRODUCTS = (_matmul, _einsum, _attention, _attend)
 
 # Rules of operations that may be called with sizes which depend on how many neurons there are.
 MOVES = (_move, _cat)

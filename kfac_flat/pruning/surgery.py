@@ -111,7 +111,10 @@ def select(t: Tensor, selection: Selection) -> Tensor:
     """Return a copy of ``t`` with only the selected positions, in the same memory format, without a graph."""
     selected = t.detach()
     for dim, index in selection.items():
-        selected = selected.index_select(dim, index.to(t.device))
+        if len(index) < t.shape[dim]:
+            selected = selected.index_select(dim, index.to(t.device))
+    if t.is_contiguous() and selected.shape != t.shape:
+        return selected
     # An axis of length one shares its stride with another one, which comes first.
     in_memory = sorted(range(t.dim()), key=lambda d: (t.stride(d), t.shape[d], -d), reverse=True)
     dense = selected.permute(in_memory).clone(memory_format=torch.contiguous_format)
