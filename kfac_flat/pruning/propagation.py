@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_flat.nested import map_tensors, tensors
 from kfac_flat.pruning import rules
 from kfac_flat.pruning.errors import CutError
+from kfac_flat.pruning.execution import DryRun
 from kfac_flat.pruning.ids import fixed
 from kfac_flat.pruning.rules import Place
-from kfac_flat.pruning.tracing import Program, without_data
+from kfac_flat.pruning.tracing import Program
 
 OUTPUT_REASON = "forms the model's output"
 
@@ -29,7 +27,7 @@ class FailedAtError(CutError):
         self.place = place
 
 
-class Propagation(fx.Interpreter):
+class Propagation(DryRun):
     """Runs a traced model on tensors without data, and the ids of neurons along with them.
 
     Args:
@@ -51,14 +49,9 @@ class Propagation(fx.Interpreter):
         whole_rows: Collection[Place],
         expected: Mapping[Place, Any] | None = None,
     ) -> None:
-        super().__init__(_prepared(bare, program), graph=program.graph)
-        self.extra_traceback = False  # errors here are the user's, and say which operation they concern
+        super().__init__(bare, program)
         self.numbers: dict[Place, Any] = {}
-        self.flops = 0
-        self._program, self._table, self._stuck, self._whole_rows, self._expected = (
-            *(program, table, stuck),
-            *(whole_rows, expected),
-        )
+        self._table, self._stuck, self._whole_rows, self._expected = table, stuck, whole_rows, expected
         self._places = {n: (program.training, i) for i, n in enumerate(program.graph.nodes)}
         self._ids: dict[fx.Node, Any] = {}
 
@@ -69,8 +62,7 @@ class Propagation(fx.Interpreter):
             FailedAtError: if either goes wrong.
         """
         try:
-            with self._conditions(n):
-                result = super().run_node(n)
+            result = super().run_node(n)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise FailedAtError(self._places[n], f"{self._describe(n)} fails: {error}") from error
         try:
@@ -79,47 +71,6 @@ class Propagation(fx.Interpreter):
             raise FailedAtError(self._places[n], f"{self._describe(n)}: {error}") from error
         self._notice_changed_shapes(n)
         return result
-
-    @contextlib.contextmanager
-    def _conditions(self, n: fx.Node) -> Iterator[None]:
-        """Let a call make tensors without data and count what it multiplies: where there is need, as both take time."""
-        if n.op in ("get_attr", "output", "placeholder"):
-            yield
-            return
-        target = self.submodules[str(n.target)] if n.op == "call_module" else n.target
-        layer = isinstance(target, nn.Module) and rules.has_channels(target)
-        rule = rules.find(target)
-        given = any(isinstance(self.env.get(source), Tensor) for source in n.all_input_nodes)
-        with contextlib.ExitStack() as stack:
-            if not (layer or (rule is not None and given)):
-                stack.enter_context(torch.device("meta"))
-            if (rule is None and not layer) or rule in rules.PRODUCTS:
-                counter = stack.enter_context(FlopCounterMode(display=False))
-                stack.callback(lambda: self._count(counter))
-            yield
-
-    def _count(self, counter: FlopCounterMode) -> None:
-        self.flops += int(counter.get_total_flops())
-
-    def fetch_attr(self, target: str) -> Any:
-        """Look up a parameter, buffer, or tensor that was made while tracing."""
-        return self._program.constants[target] if target in self._program.constants else super().fetch_attr(target)
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a submodule, if need be; one that could not be traced runs on zeros, for the shape of its result."""
-        real = self._program.opaque.get(target)
-        if real is None:
-            if len(args) == 1 and not kwargs and rules.changes_no_shape(self.submodules[target], args[0]):
-                return torch.empty_like(args[0])  # norms without data take longer than with
-            result = super().call_module(target, args, kwargs)
-            module = self.submodules[target]
-            if rules.is_producer(module) and not rules.is_attention(module):
-                self.flops += 2 * rules.positions(module, args[0], result) * rules.weight_of(module).numel()
-            return result
-        device = next((t.device for t in (*real.parameters(), *real.buffers())), torch.device("cpu"))
-        zeros = map_tensors(lambda t: torch.zeros_like(t, device=device), (args, kwargs))
-        with torch.device(device), torch.random.fork_rng(devices=[]):
-            return without_data(real.eval()(*zeros[0], **zeros[1]))
 
     def _follow(self, n: fx.Node, result: Any) -> Any:
         """Return the ids of the operation's result."""
@@ -170,7 +121,7 @@ class Propagation(fx.Interpreter):
             place=place,
             unused=_unused(n, len(result)) if isinstance(result, tuple) else frozenset(),
             whole_rows=place in self._whole_rows,
-            literals={} if self._expected is not None else self._literals(n),
+            literals={} if self._expected is not None or n.target not in rules.SIZED else self._literals(n),
         )
 
     def _literals(self, n: fx.Node) -> dict[int, list[str]]:
@@ -215,15 +166,6 @@ class Propagation(fx.Interpreter):
         if n.op == "call_module":
             return f"{n.target} ({type(self.submodules[str(n.target)]).__name__})"
         return f"{n.target if isinstance(n.target, str) else getattr(n.target, '__name__', n.target)}()"
-
-
-def _prepared(bare: nn.Module, program: Program) -> nn.Module:
-    """Put a skeleton into the mode of the trace."""
-    bare.train(program.training)
-    for module in bare.modules():
-        if isinstance(module, (*rules.BATCH_NORMS, *rules.INSTANCE_NORMS)):
-            module.eval()  # its channels are the same, and it would refuse a single example
-    return bare
 
 
 def _any_tensor(value: Any) -> bool:

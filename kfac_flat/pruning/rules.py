@@ -396,7 +396,7 @@ def _heads(op: Operation, places: Tensor, line: Tensor, rows: Tensor) -> int:
 
 def _follow_size(op: Operation, size: int, ids: Tensor, dim: int) -> None:
     """A size that is written into the call and depends on the neurons must be an attribute that can follow them."""
-    if op.target not in _SIZED or size not in op.literals:
+    if op.target not in SIZED or size not in op.literals:
         return
     attributes, sized = op.literals[size], read_along(ids, dim)
     if len(attributes) != 1 or sized is None:
@@ -680,7 +680,7 @@ METHOD_RULES: dict[str, Rule] = {
 }
 
 # Calls whose whole-number arguments are sizes.
-_SIZED = {
+SIZED = {
     *("view", "reshape", "expand", "unflatten", "broadcast_to", "split", "narrow"),
     *(torch.reshape, torch.unflatten, torch.broadcast_to, torch.split, torch.narrow),
 }
@@ -720,3 +720,17 @@ def changes_no_shape(module: nn.Module, x: Tensor) -> bool:
         dim = _channel_axis(module, x)
         return 0 < dim < x.dim() and x.shape[dim] == channel_counts(module)[1]
     return keeps_shape(module)
+
+
+def keeps_first(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a function is known to return a tensor of the shape and type of its first argument."""
+    if not args or not isinstance(args[0], Tensor) or kwargs:
+        return False
+    if target in _SAME_SHAPE_FUNCTIONS:
+        return True
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    return (
+        find(target) is _pointwise
+        and args[0].is_floating_point()
+        and all(t.shape == args[0].shape and t.dtype == args[0].dtype for t in tensors)
+    )

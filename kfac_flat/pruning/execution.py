@@ -1,0 +1,99 @@
+"""Running a traced model without data: for the shapes of all results, and to count what it multiplies."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kfac_flat.nested import map_tensors
+from kfac_flat.pruning import rules
+from kfac_flat.pruning.tracing import Program, without_data
+
+
+class DryRun(fx.Interpreter):
+    """Runs a traced model on tensors without data.
+
+    Where the shape of a result is known beforehand the call is not made: torch's own computation of shapes takes most
+    of the time.
+
+    Args:
+        bare: A skeleton of the model.
+        program: Its trace.
+
+    Attributes:
+        flops: Floating-point operations of layers, and of products of activations by torch's own counter.
+    """
+
+    def __init__(self, bare: nn.Module, program: Program) -> None:
+        super().__init__(_prepared(bare, program), graph=program.graph)
+        self.extra_traceback = False  # errors here are the user's, and say which operation they concern
+        self.flops = 0
+        self._program = program
+
+    def fetch_attr(self, target: str) -> Any:
+        """Look up a parameter, buffer, or tensor that was made while tracing."""
+        return self._program.constants[target] if target in self._program.constants else super().fetch_attr(target)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function, if need be."""
+        if rules.keeps_first(target, args, kwargs):
+            return torch.empty_like(args[0])
+        rule = rules.find(target)
+        with _new_tensors(rule is not None, args):
+            return self._counted(rule, lambda: target(*args, **kwargs))
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a method of a tensor."""
+        rule = rules.find(target)
+        with _new_tensors(rule is not None, args):
+            return self._counted(rule, lambda: super(DryRun, self).call_method(target, args, kwargs))
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a submodule, if need be; one that could not be traced runs on zeros, for the shape of its result."""
+        if target in self._program.opaque:
+            return self._counted(None, lambda: _on_zeros(self._program.opaque[target], args, kwargs))
+        module = self.submodules[target]
+        if len(args) == 1 and not kwargs and rules.changes_no_shape(module, args[0]):
+            return torch.empty_like(args[0])
+        if rules.is_producer(module) and not rules.is_attention(module):
+            result = module(*args, **kwargs)
+            self.flops += 2 * rules.positions(module, args[0], result) * rules.weight_of(module).numel()
+            return result
+        rule = rules.find(module)
+        with _new_tensors(rule is not None, args):
+            return self._counted(rule, lambda: module(*args, **kwargs))
+
+    def _counted(self, rule: rules.Rule | None, call: Any) -> Any:
+        """Make a call, and count what it multiplies if it may multiply anything."""
+        if rule is not None and rule not in rules.PRODUCTS:
+            return call()
+        with FlopCounterMode(display=False) as counter:
+            result = call()
+        self.flops += int(counter.get_total_flops())
+        return result
+
+
+def _new_tensors(known: bool, args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """Make new tensors without data, unless the call is known to make none but from those that it is given."""
+    given = any(isinstance(a, (Tensor, list, tuple)) for a in args)
+    return nullcontext() if known and given else torch.device("meta")
+
+
+def _on_zeros(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+    zeros = map_tensors(lambda t: torch.zeros_like(t, device=device), (args, kwargs))
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        return without_data(module.eval()(*zeros[0], **zeros[1]))
+
+
+def _prepared(bare: nn.Module, program: Program) -> nn.Module:
+    """Put a skeleton into the mode of the trace."""
+    bare.train(program.training)
+    for module in bare.modules():
+        if isinstance(module, (*rules.BATCH_NORMS, *rules.INSTANCE_NORMS)):
+            module.eval()  # its channels are the same, and it would refuse a single example
+    return bare
