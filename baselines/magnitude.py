@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_flat import NeuronPruner
-from kfac_flat.pruning import rules
+from kfac_flat.pruning import layers
 
 
 class MagnitudePruner(NeuronPruner):
@@ -36,6 +36,6 @@ class MagnitudePruner(NeuronPruner):
 def relative_norms(module: nn.Module) -> Tensor:
     """Norm of the weights of each output channel, ``[C_out]`` on the CPU, relative to their mean."""
     weight: Tensor = module.weight.detach().cpu().float()
-    per_output = weight.transpose(0, 1) if isinstance(module, rules.TRANSPOSED) else weight
+    per_output = weight.transpose(0, 1) if isinstance(module, layers.TRANSPOSED) else weight
     norms = per_output.flatten(1).norm(dim=1)
     return norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)

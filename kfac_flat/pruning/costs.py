@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from kfac_flat.pruning import rules
+from kfac_flat.pruning import layers
 from kfac_flat.pruning.ids import membership
 
 if TYPE_CHECKING:
@@ -27,21 +27,21 @@ class Costs:
     """
 
     def __init__(self, model: nn.Module, channels: Mapping[str, Channels], positions: Mapping[str, float]) -> None:
-        modules = {name: part for name in channels if isinstance(part := rules.part(model, name), nn.Module)}
+        modules = {name: part for name in channels if isinstance(part := layers.part(model, name), nn.Module)}
         seen: set[nn.Parameter] = set()
         weights, others, square = [], [], []
         for module in modules.values():
             own = {p for p in module._parameters.values() if p is not None} - seen
             seen |= own
-            both = rules.is_producer(module) and not rules.is_depthwise(module)
-            weight = {rules.weight_of(module)} & own if both else set()
+            both = layers.is_producer(module) and not layers.is_depthwise(module)
+            weight = {layers.weight_of(module)} & own if both else set()
             weights.append(sum(p.numel() for p in weight))
             others.append(sum(p.numel() for p in own - weight))
-            square.append(rules.weight_of(module).numel() if rules.is_producer(module) else 0)
+            square.append(layers.weight_of(module).numel() if layers.is_producer(module) else 0)
         self._weights, self._others = (torch.tensor(v, dtype=torch.float64) for v in (weights, others))
         applied = torch.tensor([positions.get(name, 0) for name in modules], dtype=torch.float64)
         self._macs = torch.tensor(square, dtype=torch.float64) * applied
-        self._reads_all = torch.tensor([not rules.is_depthwise(m) for m in modules.values()])
+        self._reads_all = torch.tensor([not layers.is_depthwise(m) for m in modules.values()])
         self._inputs = _Places([channels[name].inputs for name in modules])
         self._outputs = _Places([channels[name].outputs for name in modules])
 

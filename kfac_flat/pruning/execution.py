@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_flat.nested import map_tensors
-from kfac_flat.pruning import rules
+from kfac_flat.pruning import layers, rules
 from kfac_flat.pruning.tracing import Program, without_data
 
 
@@ -59,9 +59,9 @@ class DryRun(fx.Interpreter):
         module = self.submodules[target]
         if len(args) == 1 and not kwargs and rules.changes_no_shape(module, args[0]):
             return torch.empty_like(args[0])
-        if rules.is_producer(module) and not rules.is_attention(module):
+        if layers.is_producer(module) and not layers.is_attention(module):
             result = module(*args, **kwargs)
-            self.flops += 2 * rules.positions(module, args[0], result) * rules.weight_of(module).numel()
+            self.flops += 2 * layers.positions(module, args[0], result) * layers.weight_of(module).numel()
             return result
         rule = rules.find(module)
         with _new_tensors(rule is not None, args):
@@ -94,6 +94,6 @@ def _prepared(bare: nn.Module, program: Program) -> nn.Module:
     """Put a skeleton into the mode of the trace."""
     bare.train(program.training)
     for module in bare.modules():
-        if isinstance(module, (*rules.BATCH_NORMS, *rules.INSTANCE_NORMS)):
+        if isinstance(module, (*layers.BATCH_NORMS, *layers.INSTANCE_NORMS)):
             module.eval()  # its channels are the same, and it would refuse a single example
     return bare

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_flat.pruning import rules
+from kfac_flat.pruning import layers, rules
 from kfac_flat.pruning.budget import Groups
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.ids import FIXED, components, membership, narrowed
@@ -97,7 +97,7 @@ class NeuronGraph:
     ) -> None:
         self.inputs = ExampleInputs.of(example_inputs)
         self._bare = skeleton(model)
-        self._programs = trace(model, self._bare, rules.has_channels, rules.keeps_shape)
+        self._programs = trace(model, self._bare, layers.has_channels, rules.keeps_shape)
         self._ignore, self._whole = dict(ignore or {}), dict(whole or {})
         self._stuck: dict[Place, str] = {}  # operations that no rule gets right, found by trial
         self._whole_rows: set[Place] = set()  # where neurons are dealt out to attention heads
@@ -113,10 +113,10 @@ class NeuronGraph:
                 )
             self._stuck[failure.place] = str(failure)
             self.channels, self.frozen = self._group()
-        modules = {name: rules.part(model, name) for name in self.channels}
-        self.producers = [name for name, module in modules.items() if rules.is_producer(module)]
+        modules = {name: layers.part(model, name) for name in self.channels}
+        self.producers = [name for name, module in modules.items() if layers.is_producer(module)]
         self.hidden = [name for name in self.producers if self.frozen.get(name) != OUTPUT_REASON]
-        self.consumers = [name for name in self.producers if not rules.is_depthwise(modules[name])]
+        self.consumers = [name for name in self.producers if not layers.is_depthwise(modules[name])]
 
     def measure(self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor) -> Size:
         """Cut a skeleton of the model, prove that it can do without these groups, and return the size it would have.
@@ -143,7 +143,7 @@ class NeuronGraph:
         macs = 0
         for training, dense in self._programs.items():
             try:
-                small = Program.of(pruned, training, rules.has_channels, dense.opaque)
+                small = Program.of(pruned, training, layers.has_channels, dense.opaque)
             except UntraceableError as error:
                 raise CutError(f"after the cut, the model cannot be traced: {error}") from error
             small.opaque = dense.opaque
@@ -256,13 +256,13 @@ class _Grouping(rules.Table):
         if name in self.inputs:  # called again: position i reads, and is, the same neuron both times
             self.tie(self.inputs[name], inputs)
             return self.outputs[name]
-        if rules.passes_channels(module):
+        if layers.passes_channels(module):
             outputs = inputs
             if isinstance(module, nn.GroupNorm):  # only whole groups: the statistics of each are its own
                 groups = inputs.reshape(module.num_groups, -1)
                 self.tie(groups[:, :1].expand_as(groups), groups)
         else:
-            size = rules.channel_counts(module)[1]
+            size = layers.channel_counts(module)[1]
             outputs = torch.arange(self._next, self._next + size)
             self._next += size
             self._tie_groups(module, inputs, outputs)
@@ -275,7 +275,7 @@ class _Grouping(rules.Table):
             self.tie(heads[:1, :, :1].expand_as(heads), heads)
             return
         groups = int(getattr(module, "groups", 1))
-        if rules.is_depthwise(module):
+        if layers.is_depthwise(module):
             self.tie(outputs, inputs.repeat_interleave(len(outputs) // len(inputs)))
         elif groups > 1:  # every group loses the same ones, so that they stay of one size
             for ids in (inputs.reshape(groups, -1), outputs.reshape(groups, -1)):
@@ -297,7 +297,7 @@ class _Grouping(rules.Table):
             inputs, outputs = labels[self.inputs[name]], labels[self.outputs[name]]
             channels[name] = Channels(inputs.clamp(min=FIXED), outputs.clamp(min=FIXED))
             stuck = outputs[outputs <= FIXED]
-            if len(stuck) and rules.is_producer(rules.part(self._model, name)):
+            if len(stuck) and layers.is_producer(layers.part(self._model, name)):
                 frozen[name] = why[-int(stuck[0])]
         return channels, frozen
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from kfac_flat.nested import map_tensors, tensors
-from kfac_flat.pruning import rules
+from kfac_flat.pruning import layers, rules
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.execution import DryRun
 from kfac_flat.pruning.ids import fixed
@@ -98,8 +98,8 @@ class Propagation(DryRun):
         target: Any = n.target
         if n.op == "call_module":
             target = self.submodules[str(n.target)]
-            layer = rules.has_channels(target) or self._table.is_layer(str(n.target))
-            if layer and not rules.is_attention(target) and len(args) == 1 and not kwargs:
+            layer = layers.has_channels(target) or self._table.is_layer(str(n.target))
+            if layer and not layers.is_attention(target) and len(args) == 1 and not kwargs:
                 return rules.run_layer(self._table, str(n.target), target, args[0], result)
         rule = None if n.target in self._program.opaque else rules.find(target)
         if rule not in rules.MOVES:

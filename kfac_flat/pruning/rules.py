@@ -7,7 +7,7 @@ only moves data is executed on the ids themselves. An operation without a rule i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfac_flat.nested import map_tensors
+from kfac_flat.pruning import layers
 from kfac_flat.pruning.attention import FewerHeadsAttention
 from kfac_flat.pruning.ids import FIXED, along, compact, fixed, narrowed, read_along, varying_dims
 
@@ -38,7 +39,7 @@ class Table:
 
     def layer(self, name: str, module: nn.Module, inputs: Tensor, positions: int) -> Tensor:
         """Note what a layer reads, channel by channel, and at how many positions; return the ids of its outputs."""
-        return inputs if passes_channels(module) else fixed(torch.Size([channel_counts(module)[1]]))
+        return inputs if layers.passes_channels(module) else fixed(torch.Size([layers.channel_counts(module)[1]]))
 
     def dealt(self, place: Place, ids: Tensor) -> None:
         """State that an operation deals these neurons out in rows that all lose the same ones."""
@@ -107,135 +108,14 @@ class Operation:
 Rule: TypeAlias = Callable[[Operation], Any]
 
 
-# ---------------------------------------------------------------- modules with channels of their own
-
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-PRODUCERS = (nn.Linear, *CONVS, *TRANSPOSED)
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-PASSING = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.PReLU)
-
-
-def _is(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> bool:
-    """Tell whether the module is one of ``kinds``, or a subclass that computes the same, from plain parameters."""
-    same = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
-    return same and "weight" in module._parameters
-
-
-def is_producer(module: nn.Module | SizeAttribute) -> bool:
-    """Tell whether the module's output channels are neurons: Linear, convolutions, the projections of attention."""
-    if isinstance(module, SizeAttribute):
-        return False
-    plain = _is(module, PRODUCERS) and not (isinstance(module, TRANSPOSED) and module.groups > 1)
-    return plain or is_attention(module)
-
-
-def is_attention(module: nn.Module) -> bool:
-    """Tell whether the module is torch's multi-head attention over sequences of one width."""
-    return (
-        isinstance(module, nn.MultiheadAttention)
-        and type(module).forward in (nn.MultiheadAttention.forward, FewerHeadsAttention.forward)
-        and module._parameters.get("in_proj_weight") is not None  # asked of no attribute: that would be traced
-        and module.bias_k is None
-        and not module.add_zero_attn
-    )
-
-
-@dataclass(frozen=True)
-class SizeAttribute:
-    """A number that a module holds and that is to follow the number of neurons, such as that of attention heads."""
-
-    module: nn.Module
-    name: str
-
-    @property
-    def value(self) -> int:
-        """The number."""
-        value: int = getattr(self.module, self.name)
-        return value
-
-
-def part(model: nn.Module, path: str) -> nn.Module | SizeAttribute:
-    """Return what is cut under this name: a module, or a number that one holds.
-
-    Raises:
-        AttributeError: if there is none.
-    """
-    owner, _, name = path.rpartition(".")
-    if isinstance(vars(model.get_submodule(owner)).get(name), int):
-        return SizeAttribute(model.get_submodule(owner), name)
-    return model.get_submodule(path)
-
-
-def is_depthwise(module: nn.Module | SizeAttribute) -> bool:
-    """Tell whether every output channel of a convolution reads a single input channel, with which it goes."""
-    return isinstance(module, CONVS) and module.groups == module.in_channels > 1
-
-
-def passes_channels(module: nn.Module) -> bool:
-    """Tell whether the module has a number or two for each channel and hands the channels on: norms, PReLU."""
-    return _is(module, PASSING) and not (isinstance(module, nn.PReLU) and module.num_parameters == 1)
-
-
-def has_channels(module: nn.Module) -> bool:
-    """Tell whether the module's tensors are cut along with the neurons."""
-    return is_producer(module) or passes_channels(module)
-
-
-def weight_of(module: nn.Module) -> nn.Parameter:
-    """Return the weight by which a producer reads: ``[C_out, C_in / groups, *kernel]``, unless it is TRANSPOSED."""
-    weight: nn.Parameter = module.in_proj_weight if is_attention(module) else module.weight  # type: ignore[assignment]
-    return weight
-
-
-def channel_counts(module: nn.Module | SizeAttribute) -> tuple[int, int]:
-    """Number of input and output channels of a module that has channels; an attribute has outputs only.
-
-    Raises:
-        TypeError: if it has none.
-    """
-    if isinstance(module, SizeAttribute):
-        return 0, module.value
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, nn.MultiheadAttention):
-        return module.in_proj_weight.shape[1], module.in_proj_weight.shape[0]
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels, module.num_channels
-    if isinstance(module, (*CONVS, *TRANSPOSED)):
-        return module.in_channels, module.out_channels
-    if isinstance(module, (*BATCH_NORMS, *INSTANCE_NORMS)):
-        return module.num_features, module.num_features
-    if isinstance(module, nn.PReLU):
-        return module.num_parameters, module.num_parameters
-    raise TypeError(f"{type(module).__name__} has no channels that could be cut")
-
-
-def _channel_axis(module: nn.Module, x: Tensor) -> int:
-    """Axis of a module's input along which its channels lie."""
-    if isinstance(module, nn.Linear):
-        return x.dim() - 1
-    if isinstance(module, (*CONVS, *TRANSPOSED)):
-        return x.dim() - 1 - len(module.kernel_size)
-    spatial = [i + 1 for i, kind in enumerate(INSTANCE_NORMS) if isinstance(module, kind)]
-    return x.dim() - 1 - spatial[0] if spatial else 1
-
-
 def run_layer(table: Table, name: str, module: nn.Module, x: Tensor, result: Tensor) -> Tensor:
     """Read the channels of ``x`` and lay out the layer's own channels in the shape of its result."""
-    dim = _channel_axis(module, x)
+    dim = layers.channel_axis(module, x)
     inputs = read_along(x, dim)
     if inputs is None:
         table.freeze(x, f"{name} reads different neurons at different positions")
         inputs = fixed(torch.Size([x.shape[dim]]))
-    return along(table.layer(name, module, inputs, positions(module, x, result)), dim, result.shape)
-
-
-def positions(module: nn.Module, x: Tensor, result: Tensor) -> int:
-    """Return how often a layer's weight is applied: for each output position, or input position if it is TRANSPOSED."""
-    over = x if isinstance(module, TRANSPOSED) else result
-    return over.numel() // max(1, over.shape[_channel_axis(module, over)])
+    return along(table.layer(name, module, inputs, layers.positions(module, x, result)), dim, result.shape)
 
 
 def _attend(op: Operation) -> Any:
@@ -716,9 +596,9 @@ def changes_no_shape(module: nn.Module, x: Tensor) -> bool:
     """Tell whether a module is known to accept this input and return as large a tensor: activations and norms."""
     if isinstance(module, nn.LayerNorm) and find(module) is not None:
         return tuple(x.shape[-len(module.normalized_shape) :]) == tuple(module.normalized_shape)
-    if passes_channels(module):
-        dim = _channel_axis(module, x)
-        return 0 < dim < x.dim() and x.shape[dim] == channel_counts(module)[1]
+    if layers.passes_channels(module):
+        dim = layers.channel_axis(module, x)
+        return 0 < dim < x.dim() and x.shape[dim] == layers.channel_counts(module)[1]
     return keeps_shape(module)
 
 

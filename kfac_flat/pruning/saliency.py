@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from kfac_flat.pruning import rules
+from kfac_flat.pruning import layers
 
 
 def mask_gradient(weight: Tensor, gradient: Tensor, groups: int = 1) -> Tensor:
@@ -59,7 +59,7 @@ class Saliency:
             direct: Gradient at the input masks that does not go through the weights, by the layer's weight, ``[C_in]``.
             scale: What the gradients in place have been multiplied with, if anything.
         """
-        weights: dict[str, nn.Parameter] = {n: rules.weight_of(m) for n, m in self._consumers.items()}
+        weights: dict[str, nn.Parameter] = {n: layers.weight_of(m) for n, m in self._consumers.items()}
         with_gradient = {
             w: name for name, w in weights.items() if w.grad is not None
         }  # one name where several share it
@@ -69,7 +69,7 @@ class Saliency:
         for weight, name in with_gradient.items():
             gradient, groups = weight.grad, int(getattr(self._consumers[name], "groups", 1))
             assert gradient is not None
-            if isinstance(self._consumers[name], rules.TRANSPOSED):  # [C_in, C_out, *kernel]
+            if isinstance(self._consumers[name], layers.TRANSPOSED):  # [C_in, C_out, *kernel]
                 contribution = mask_gradient(weight.transpose(0, 1), gradient.transpose(0, 1))
             else:
                 contribution = mask_gradient(weight, gradient, groups)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kfac_flat.changes import Change, appending, make_all, setting, truncating
 from kfac_flat.distributed import Agreement
-from kfac_flat.pruning import rules
+from kfac_flat.pruning import layers
 from kfac_flat.pruning.budget import Groups, Ranking, Schedule
 from kfac_flat.pruning.costs import Costs
 from kfac_flat.pruning.errors import CutError
@@ -385,7 +385,7 @@ class NeuronPruner:
     def _knows_the_model(self) -> bool:
         """Tell whether the model's layers are as wide as this pruner left them."""
         return all(
-            rules.channel_counts(rules.part(self._model, name)) == (len(c.inputs), len(c.outputs))
+            layers.channel_counts(layers.part(self._model, name)) == (len(c.inputs), len(c.outputs))
             for name, c in self._channels.items()
         )
 

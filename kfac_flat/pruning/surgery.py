@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kfac_flat.changes import Change, make_all, setting, updating
-from kfac_flat.pruning import rules
+from kfac_flat.pruning import layers
 from kfac_flat.pruning.attention import FewerHeadsAttention
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.structure import Kept
@@ -33,14 +33,14 @@ class ModuleCut:
     attributes: dict[str, Any]
 
 
-def module_cut(module: nn.Module | rules.SizeAttribute, kept: Kept) -> ModuleCut:
+def module_cut(module: nn.Module | layers.SizeAttribute, kept: Kept) -> ModuleCut:
     """Work out what keeping some channels means for a module.
 
     Raises:
         CutError: if the module has no rule, or a grouped convolution would get groups of unequal size.
     """
     inputs, outputs = kept.inputs, kept.outputs
-    if isinstance(module, rules.SizeAttribute):
+    if isinstance(module, layers.SizeAttribute):
         return ModuleCut({}, {module.name: len(outputs)})
     if isinstance(module, nn.MultiheadAttention):
         return _attention_cut(module, kept)
@@ -56,17 +56,17 @@ def module_cut(module: nn.Module | rules.SizeAttribute, kept: Kept) -> ModuleCut
         return ModuleCut(
             {"weight": {0: outputs}, "bias": {0: outputs}}, {"num_channels": len(outputs), "num_groups": len(groups)}
         )
-    if isinstance(module, (*rules.BATCH_NORMS, *rules.INSTANCE_NORMS)):
+    if isinstance(module, (*layers.BATCH_NORMS, *layers.INSTANCE_NORMS)):
         names = ("weight", "bias", "running_mean", "running_var")
         return ModuleCut({name: {0: outputs} for name in names}, {"num_features": len(outputs)})
-    if isinstance(module, rules.TRANSPOSED):
+    if isinstance(module, layers.TRANSPOSED):
         return ModuleCut(
             {"weight": {0: inputs, 1: outputs}, "bias": {0: outputs}},
             {"in_channels": len(inputs), "out_channels": len(outputs)},
         )
-    if isinstance(module, rules.CONVS):
+    if isinstance(module, layers.CONVS):
         attributes = {"in_channels": len(inputs), "out_channels": len(outputs)}
-        if rules.is_depthwise(module):
+        if layers.is_depthwise(module):
             return ModuleCut({"weight": {0: outputs}, "bias": {0: outputs}}, attributes | {"groups": len(inputs)})
         per_group = module.in_channels // module.groups
         columns = inputs[inputs < per_group]
@@ -183,7 +183,7 @@ def difference(model: nn.Module, other: nn.Module) -> str:
 
 def _structure(module: nn.Module) -> str:
     """Describe what of a module matters to a cut."""
-    channels = "{} to {} channels, ".format(*rules.channel_counts(module)) if rules.has_channels(module) else ""
+    channels = "{} to {} channels, ".format(*layers.channel_counts(module)) if layers.has_channels(module) else ""
     tensors = {**module._parameters, **module._buffers}
     shapes = ", ".join(f"{name} {list(t.shape)}" for name, t in tensors.items() if t is not None)
     return f"a {type(module).__name__} ({channels}{shapes or 'no tensors'})"
@@ -255,9 +255,9 @@ class Surgery:
     def _plan(self, model: nn.Module, kept: Mapping[str, Kept], where: str = "") -> None:
         """Note what the modules of a model become."""
         for name, keep in kept.items():
-            part = rules.part(model, name)
+            part = layers.part(model, name)
             cut = module_cut(part, keep)
-            module = part.module if isinstance(part, rules.SizeAttribute) else part
+            module = part.module if isinstance(part, layers.SizeAttribute) else part
             self.attributes.append((module, cut.attributes))
             for tensor_name, selection in cut.tensors.items():
                 t = getattr(module, tensor_name)
@@ -355,9 +355,9 @@ def _counts(model: nn.Module, name: str) -> tuple[int, int]:
         CutError: if the model has none such.
     """
     try:
-        part = rules.part(model, name)
+        part = layers.part(model, name)
     except AttributeError as error:
         raise CutError(f"the manifest names a module {name!r} that the model does not have") from error
-    if isinstance(part, nn.Module) and not rules.has_channels(part):
+    if isinstance(part, nn.Module) and not layers.has_channels(part):
         raise CutError(f"{name} ({type(part).__name__}) has no channels, but the manifest cuts it")
-    return rules.channel_counts(part)
+    return layers.channel_counts(part)
