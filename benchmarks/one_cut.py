@@ -29,13 +29,13 @@ class EvenPruner(NeuronPruner):
     """Takes neurons at random, so about the same share of every layer: what is measured is reach, not choice."""
 
     def _scores(self) -> list[float]:
-        sizes = torch.tensor([float(sum(members.values())) for members in self._groups.members])
+        sizes = self._groups.neurons.double()
         return (sizes * torch.rand(len(sizes), generator=torch.Generator().manual_seed(0))).tolist()
 
     @property
     def reach(self) -> float:
         """Share of the neurons that can go."""
-        return sum(sum(members.values()) for members in self._groups.members) / self.size.neurons
+        return int(self._groups.neurons.sum()) / self.size.neurons
 
 
 def cut_by_us(model: nn.Module, x: Tensor, tell: Tell) -> None:

@@ -113,10 +113,10 @@ def select(t: Tensor, selection: Selection) -> Tensor:
     for dim, index in selection.items():
         if len(index) < t.shape[dim]:
             selected = selected.index_select(dim, index.to(t.device))
-    if t.is_contiguous() and selected.shape != t.shape:
-        return selected
     # An axis of length one shares its stride with another one, which comes first.
     in_memory = sorted(range(t.dim()), key=lambda d: (t.stride(d), t.shape[d], -d), reverse=True)
+    if in_memory == sorted(in_memory) and selected.shape != t.shape:
+        return selected  # index_select has made it so
     dense = selected.permute(in_memory).clone(memory_format=torch.contiguous_format)
     return dense.permute([in_memory.index(d) for d in range(t.dim())])
 

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfac_flat import CutError, NeuronPruner, rewrap
 from kfac_flat.pruning import scheduler
+from kfac_flat.pruning.graph import NeuronGraph
 from tests.pruning.masking import distance
 from tests.pruning.nets import CASES, call
 
@@ -209,7 +210,8 @@ def _failing(rank: int, at: str) -> tuple[str, dict[str, Any]]:
         if rank == 1 and at == "exchanging":
             alive = call(trained.model, trained.x)  # torch exchanges no parameter that a graph holds
         elif rank == 1:
-            patch.setattr(scheduler, "Surgery" if at == "preparing" else "skeleton", _out_of_memory)
+            owner, name = (scheduler, "Surgery") if at == "preparing" else (NeuronGraph, "measure")
+            patch.setattr(owner, name, _out_of_memory)
         message = refused_without_a_trace(trained, trained.end_epoch)
         del alive
     trained.end_epoch()
