@@ -116,7 +116,16 @@ class NeuronGraph:
         modules = {name: layers.part(model, name) for name in self.channels}
         self.producers = [name for name, module in modules.items() if layers.is_producer(module)]
         self.hidden = [name for name in self.producers if self.frozen.get(name) != OUTPUT_REASON]
+        self._name_what_is_never_cut(model)
         self.consumers = [name for name in self.producers if not layers.is_depthwise(modules[name])]
+
+    def _name_what_is_never_cut(self, model: nn.Module) -> None:
+        """Layers with weights that stay whole, because they have no rule or are never reached."""
+        for name, module in model.named_modules():
+            held = any(p is not None and p.dim() > 1 for p in module._parameters.values())
+            computed = isinstance(getattr(module, "parametrizations", None), nn.ModuleDict)
+            if name not in self.channels and ".parametrizations." not in name and (held or computed):
+                self.frozen.setdefault(name, f"{type(module).__name__} has no rule, or is not called as a module")
 
     def measure(self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor) -> Size:
         """Cut a skeleton of the model, prove that it can do without these groups, and return the size it would have.

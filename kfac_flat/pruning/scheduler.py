@@ -438,7 +438,7 @@ class NeuronPruner:
     def _why_less(self, scores: list[float]) -> str:
         """Say what keeps the neurons that were due."""
         unscored = sum(score == math.inf for score in scores)
-        reasons = [f"what is left is at its floor ({self._options})"]
+        reasons = [f"what is left is at its floor ({self._options})"] if unscored < len(scores) else []
         if unscored:
             reasons.append(f"{unscored} groups are read by layers whose weights had no gradient")
         if self.frozen:

@@ -209,10 +209,16 @@ class _Tracer(fx.Tracer):
         self._parts += [part.node for part in parts]
         return parts
 
-    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+    def create_arg(self, a: Any) -> Any:
+        """Find a parameter or buffer by identity at once, rather than by a walk through the whole model each time."""
+        name = self._tensor_names.get(id(a)) if isinstance(a, Tensor) else None
+        return super().create_arg(a) if name is None else self.create_node("get_attr", name, (), {})
+
+    def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
         """Trace, and forget the parts that nothing reads."""
         self._parts: list[fx.Node] = []
-        graph = super().trace(*args, **kwargs)
+        self._tensor_names = {id(t): name for name, t in (*root.named_buffers(), *root.named_parameters())}
+        graph = super().trace(root, *args, **kwargs)
         for part in self._parts:
             if not part.users:
                 graph.erase_node(part)
