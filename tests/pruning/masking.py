@@ -7,6 +7,7 @@ input move then are read from that neuron, through whatever lies between. No tra
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -75,12 +76,12 @@ class Probe:
 
         return hook
 
-    def readers(self, neurons: Mapping[str, Iterable[int]]) -> dict[str, set[int]]:
+    def readers(self, neurons: Mapping[str, Iterable[int]], draws: int = 1) -> dict[str, set[int]]:
         """Input channels, by layer, that move with these output channels; depthwise layers are no readers."""
         found: defaultdict[str, set[int]] = defaultdict(set)
         self._disturbed = neurons
-        for self._strength in (20.0, -20.0):  # a ReLU that hides one shows the other
-            self._noise.manual_seed(0)
+        for draw, self._strength in itertools.product(range(draws), (20.0, -20.0)):  # a ReLU hides one of them
+            self._noise.manual_seed(draw)
             self._run()
             for reader, module in self._layers.items():
                 if is_depthwise(module):
@@ -90,9 +91,9 @@ class Probe:
                     found[reader] |= set(different.nonzero().flatten().tolist())
         return found
 
-    def empty(self) -> dict[str, set[int]]:
+    def empty(self, draws: int = 1) -> dict[str, set[int]]:
         """Input channels, by layer, that are zero whatever the neurons do: padding."""
-        moving = self.readers({name: range(widths_of(module)[1]) for name, module in self._layers.items()})
+        moving = self.readers({name: range(widths_of(module)[1]) for name, module in self._layers.items()}, draws)
         found = {}
         for name, calls in self._baseline.items():
             axis = channel_axis(self._layers[name], calls[0])
@@ -111,11 +112,13 @@ def removed_outputs(model: nn.Module, layers: Mapping[str, Mapping[str, Tensor]]
     return found
 
 
-def removed_inputs(model: nn.Module, inputs: Any, removed: Mapping[str, Iterable[int]]) -> dict[str, set[int]]:
+def removed_inputs(
+    model: nn.Module, inputs: Any, removed: Mapping[str, Iterable[int]], draws: int = 1
+) -> dict[str, set[int]]:
     """Input channels, by layer, that removed neurons feed; no neuron that stays may feed them as well."""
     probe = Probe(model, inputs)
     stay = {n: set(range(widths_of(module)[1])) - set(removed.get(n, ())) for n, module in layers_of(model).items()}
-    gone, read_on = probe.readers(removed), probe.readers(stay)
+    gone, read_on = probe.readers(removed, draws), probe.readers(stay, draws)
     for reader, columns in gone.items():
         assert not columns & read_on[reader], f"{reader} would lose inputs fed by neurons that stay"
     return {reader: columns for reader, columns in gone.items() if columns}
@@ -185,9 +188,18 @@ def assert_exact(
     dense: nn.Module, pruned: nn.Module, manifest: Mapping[str, Any], inputs: Any, least: float = 1e-3
 ) -> None:
     """Assert that the pruned model computes what the dense one does without what was removed, and that it matters."""
+    try:
+        _assert_exact(dense, pruned, manifest, inputs, least, draws=1)
+    except AssertionError:  # a norm and a ReLU may hide an input from few disturbances, but hardly from many
+        _assert_exact(dense, pruned, manifest, inputs, least, draws=16)
+
+
+def _assert_exact(
+    dense: nn.Module, pruned: nn.Module, manifest: Mapping[str, Any], inputs: Any, least: float, draws: int
+) -> None:
     removed = removed_outputs(dense, manifest["layers"])
-    columns = removed_inputs(dense, inputs, removed)
-    reference, empty = masked(dense, columns), Probe(dense, inputs).empty()
+    columns = removed_inputs(dense, inputs, removed, draws)
+    reference, empty = masked(dense, columns), Probe(dense, inputs).empty(draws)
     for name, module in layers_of(dense).items():
         if name in manifest["layers"] and not is_depthwise(module):
             kept = set(range(widths_of(module)[0])) - columns.get(name, set())
