@@ -28,10 +28,15 @@ def along(ids: Tensor, dim: int, shape: torch.Size) -> Tensor:
 
 def narrowed(*tensors: Tensor) -> list[Tensor]:
     """Cut tensors of equal dimension to length one along the axes in which none of them varies by construction."""
-    for dim in range(tensors[0].dim()):
-        if all(t.stride(dim) == 0 or t.shape[dim] == 1 for t in tensors):
-            tensors = tuple(t.narrow(dim, 0, min(1, t.shape[dim])) for t in tensors)
-    return list(tensors)
+    layouts = [(t.shape, t.stride()) for t in tensors]
+    sizes = [
+        min(1, tensors[0].shape[d]) if all(strides[d] == 0 or shape[d] == 1 for shape, strides in layouts) else None
+        for d in range(tensors[0].dim())
+    ]
+    return [
+        t.as_strided([n if size is None else size for n, size in zip(shape, sizes, strict=True)], strides)
+        for t, (shape, strides) in zip(tensors, layouts, strict=True)
+    ]
 
 
 def varying_dims(ids: Tensor) -> list[int]:

@@ -255,9 +255,10 @@ def _move(op: Operation) -> Any:
             op.table.tie(line[rows[:1]].expand(rows.shape), line[rows])
             op.table.dealt(op.place, line)
     ids: Any = map_tensors(lambda places: _lookup(line, places, row, length), moved)
-    for part in [ids] if isinstance(ids, Tensor) else ids:
-        for d in varying_dims(part)[-1:]:  # an axis before it would be one of rows
-            _follow_size(op, part.shape[d], part, d)
+    if op.target in SIZED:
+        for part in [ids] if isinstance(ids, Tensor) else ids:
+            for d in varying_dims(part)[-1:]:  # an axis before it would be one of rows
+                _follow_size(op, part.shape[d], part, d)
     return ids
 
 
@@ -276,7 +277,7 @@ def _heads(op: Operation, places: Tensor, line: Tensor, rows: Tensor) -> int:
 
 def _follow_size(op: Operation, size: int, ids: Tensor, dim: int) -> None:
     """A size that is written into the call and depends on the neurons must be an attribute that can follow them."""
-    if op.target not in SIZED or size not in op.literals:
+    if size not in op.literals:
         return
     attributes, sized = op.literals[size], read_along(ids, dim)
     if len(attributes) != 1 or sized is None:

@@ -531,6 +531,7 @@ def _recording_hook(pruner: NeuronPruner) -> Callable[..., Any]:
     """Make a step pre-hook that does not keep the pruner alive; a closure makes the gradients, so it comes first."""
     reference = weakref.ref(pruner)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def record(optimizer: Optimizer) -> None:
         alive = reference()
         if alive is not None:
