@@ -321,7 +321,7 @@ class NeuronPruner:
             *(effects, each.get(ranking.per, torch.ones_like(effects))),
             floors=floors,
             round_to=self._options.round_to,
-            layerwise=ranking.scope == "layer",
+            alike=self._groups_of(self._graph.channels) if ranking.scope == "layer" else None,
         )
         return order.fewest(lambda gone: self._amount_without(gone, costs) <= goal)
 
