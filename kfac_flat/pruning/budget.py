@@ -244,7 +244,7 @@ class Groups:
                 waiting[k] -= count
                 for name, number in watched[k].members.items():
                     left[name] -= number * count
-        return torch.tensor(result)
+        return torch.tensor(result).long()
 
     def _taken(self, queues: list[Tensor], kinds: Tensor, sizes: Tensor) -> Order:
         """Let so many groups go in each turn, the first ones in the queue of the kind whose turn it is."""

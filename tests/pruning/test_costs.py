@@ -69,6 +69,13 @@ NETS = CASES | {
 ATTENTION = {"chunked_heads", "packed_heads", "heads_by_attributes", "torch_attention"}
 
 
+def real_size(model: nn.Module, inputs: Any, examples: int) -> tuple[int, int]:
+    """Parameters, and multiply-accumulates of one example as torch counts them while the model runs on numbers."""
+    with FlopCounterMode(display=False) as counter:  # with gradients: torch's fused attention counts as nothing
+        call(model, inputs)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // (2 * examples)
+
+
 class Cuts:
     """A net, what its neurons cost, and what it really becomes without some."""
 
@@ -81,12 +88,10 @@ class Cuts:
         self.before = self.size(torch.tensor([], dtype=torch.long))
 
     def size(self, gone: Tensor) -> tuple[int, int]:
-        """Parameters, and multiply-accumulates as torch counts them while the cut model runs on numbers."""
+        """Size of the model that is really cut."""
         small = copy.deepcopy(self.model)
         Surgery(small, kept_without(self.graph.channels, gone)).apply()
-        with FlopCounterMode(display=False) as counter:  # with gradients: torch's fused attention counts as nothing
-            call(small, self.inputs)
-        return sum(p.numel() for p in small.parameters()), counter.get_total_flops() // (2 * N)
+        return real_size(small, self.inputs, N)
 
     def saved(self, gone: Tensor) -> tuple[int, int]:
         """What really disappears with these groups."""
