@@ -115,19 +115,26 @@ class Kind:
     members: dict[str, int]
     groups: Tensor
 
-    def chunk_sizes(self, widths: Mapping[str, int], round_to: int) -> tuple[int, int]:
-        """Return how many groups to remove first, and then each time, for widths to be multiples of ``round_to``."""
-        size = math.lcm(*(round_to // math.gcd(round_to, number) for number in self.members.values()))
-        aligned = (
-            first
-            for first in range(1, size + 1)
-            if all((widths[name] - first * number) % round_to == 0 for name, number in self.members.items())
-        )
-        return next(aligned, 0), size
+    def turns(self, groups: int, widths: Mapping[str, int], floors: Mapping[str, int], round_to: int) -> Tensor:
+        """Return how many of so many groups go in each turn if they are the only ones to go, ``[turns]``."""
+        first = self.fewest(widths, floors, round_to)
+        then = math.lcm(*(round_to // math.gcd(round_to, number) for number in self.members.values()))
+        most = min(groups, *((widths[name] - floors[name]) // number for name, number in self.members.items()))
+        if not 0 < first <= most:
+            return torch.zeros(0).long()
+        turns = torch.full(((most - first) // then + 1,), then)
+        turns[0] = first
+        return turns
 
-    def allowed(self, widths: Mapping[str, int], floors: Mapping[str, int]) -> int:
-        """Return how many groups can go before a layer is at its floor."""
-        return max(0, min((widths[name] - floors[name]) // number for name, number in self.members.items()))
+    def fewest(self, widths: Mapping[str, int], floors: Mapping[str, int], round_to: int) -> int:
+        """Return how many groups have to go at once for widths to be multiples of ``round_to``; 0 if none can."""
+        for count in range(1, round_to + 1):
+            if all(
+                (width := widths[name] - count * number) >= floors[name] and width % round_to == 0
+                for name, number in self.members.items()
+            ):
+                return count
+        return 0
 
 
 @dataclass(frozen=True)
@@ -179,65 +186,73 @@ class Groups:
         *,
         floors: Mapping[str, int],
         round_to: int = 1,
-        layerwise: bool = False,
+        alike: Groups | None = None,
     ) -> Order:
         """Put what can go in the order in which it should, smallest score per cost first, ties by index.
 
+        Kinds take turns, in the order of what would go if there were no others, and each time lose the fewest of their
+        cheapest groups that may go at once.
+
         Args:
             scores: Effect of removing each group, ``[groups]``, float64; an infinite one stays.
-            costs: What each group costs while it is there, ``[groups]``, float64.
+            costs: What each group costs while it is there, ``[groups]``, float64; one that costs nothing stays.
             floors: Neurons that each layer keeps at least, by name.
             round_to: Layers end at multiples of this, or as they are.
-            layerwise: Whether layers lose alike; scores decide within each only.
+            alike: Where each layer is to lose the same share: of these groups, those before any went. Scores then
+                decide within each layer only.
         """
-        chunks = [
-            self._chunks(kind, scores, costs, kind.allowed(self.widths, floors), round_to, layerwise)
-            for kind in self.kinds
-        ]
-        if not chunks:
+        if not self.kinds:
             return Order(self.ids, self.ids)
-        groups, sizes, values = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        kinds = torch.arange(len(chunks)).repeat_interleave(torch.tensor([len(own) for _, own, _ in chunks]))
-        starts = sizes.cumsum(0) - sizes
-        by_index = groups[starts].argsort()
+        ratios = scores / costs
+        queues = [kind.groups[ratios[kind.groups].argsort(stable=True)] for kind in self.kinds]
+        queues = [queue[: int(ratios[queue].isfinite().sum())] for queue in queues]
+        turns = [kind.turns(len(q), self.widths, floors, round_to) for kind, q in zip(self.kinds, queues, strict=True)]
+        sizes = torch.cat(turns)
+        groups = torch.cat([queue[: int(own.sum())] for queue, own in zip(queues, turns, strict=True)])
+        if alike is None:
+            turn = torch.arange(len(sizes)).repeat_interleave(sizes)
+            score, cost = (torch.zeros(len(sizes)).double().index_add(0, turn, of[groups]) for of in (scores, costs))
+            values = score / cost
+        else:
+            values = self._shares(turns, alike)
+        by_index = groups[sizes.cumsum(0) - sizes].argsort()
         order = by_index[values[by_index].argsort(stable=True)]
-        order = order[self._affordable(sizes[order].tolist(), kinds[order].tolist(), floors)]
-        sizes, starts = sizes[order], starts[order]
-        ends = sizes.cumsum(0)
-        places = torch.arange(int(sizes.sum())) + (starts - ends + sizes).repeat_interleave(sizes)
-        return Order(self.ids[groups[places]], ends)
+        kinds = torch.arange(len(turns)).repeat_interleave(torch.tensor([len(own) for own in turns]))[order]
+        sizes = sizes[kinds.argsort(stable=True).argsort()]  # a kind's first turn is its first, whatever rounding did
+        return self._taken(queues, kinds, self._affordable(kinds, sizes, queues, floors, round_to))
 
-    def _chunks(
-        self, kind: Kind, scores: Tensor, costs: Tensor, allowed: int, round_to: int, layerwise: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What of one kind can only go at once: its groups in order, the sizes of the chunks, and what these go by."""
-        ratios = scores[kind.groups] / costs[kind.groups]
-        scored = int(ratios.isfinite().sum())
-        first, size = kind.chunk_sizes(self.widths, round_to)
-        allowed = min(scored, allowed) if first else -1  # no number of groups will do
-        sizes = torch.tensor([first] * (allowed >= first) + [size] * max(0, (allowed - first) // size)).long()
-        groups = kind.groups[ratios.argsort(stable=True)][: int(sizes.sum())]
-        if layerwise:
-            return groups, sizes, sizes.cumsum(0).double() / len(kind.groups)
-        chunk = torch.arange(len(sizes)).repeat_interleave(sizes)
-        score, cost = (torch.zeros(len(sizes)).double().index_add(0, chunk, of[groups]) for of in (scores, costs))
-        return groups, sizes, score / cost
+    def _shares(self, turns: list[Tensor], whole: Groups) -> Tensor:
+        """Share of its kind's groups in the whole that is gone after each turn, ``[turns]``."""
+        counts = {frozenset(kind.members.items()): len(kind.groups) for kind in whole.kinds}
+        before = [counts[frozenset(kind.members.items())] for kind in self.kinds]
+        left = (len(kind.groups) - own.cumsum(0) for kind, own in zip(self.kinds, turns, strict=True))
+        return torch.cat([1 - own.double() / count for own, count in zip(left, before, strict=True)])
 
-    def _affordable(self, sizes: list[int], kinds: list[int], floors: Mapping[str, int]) -> Tensor:
-        """Tell of chunks in order which can go; only layers of several kinds need to be watched."""
+    def _affordable(
+        self, kinds: Tensor, sizes: Tensor, queues: list[Tensor], floors: Mapping[str, int], round_to: int
+    ) -> Tensor:
+        """Return how many groups can go in each turn; only kinds that share a layer need to be watched."""
         times = Counter(name for kind in self.kinds for name in kind.members)
         watched = {k: kind for k, kind in enumerate(self.kinds) if any(times[name] > 1 for name in kind.members)}
-        left = dict(self.widths)
-        can_go = torch.ones(len(kinds), dtype=torch.bool)
-        for i, (size, k) in enumerate(zip(sizes, kinds, strict=True)):
-            if k not in watched:
-                continue
-            if watched[k].allowed(left, floors) < size:
-                can_go[i] = False
-                continue
-            for name, number in watched[k].members.items():
-                left[name] -= number * size
-        return can_go
+        if not watched:
+            return sizes
+        left, waiting, result = dict(self.widths), [len(queue) for queue in queues], sizes.tolist()
+        for turn, k in enumerate(kinds.tolist()):
+            if k in watched:
+                count = watched[k].fewest(left, floors, round_to)
+                result[turn] = count = count if count <= waiting[k] else 0
+                waiting[k] -= count
+                for name, number in watched[k].members.items():
+                    left[name] -= number * count
+        return torch.tensor(result).long()
+
+    def _taken(self, queues: list[Tensor], kinds: Tensor, sizes: Tensor) -> Order:
+        """Let so many groups go in each turn, the first ones in the queue of the kind whose turn it is."""
+        numbers = torch.zeros(len(queues)).long().index_add(0, kinds, sizes).tolist()
+        places = torch.empty(int(sizes.sum())).long()
+        turns = kinds.repeat_interleave(sizes).argsort(stable=True)
+        places[turns] = torch.cat([queue[:number] for queue, number in zip(queues, numbers, strict=True)])
+        return Order(self.ids[places], sizes[sizes > 0].cumsum(0))
 
     def cheapest(self, scores: Sequence[float], count: int, *, min_neurons: int, round_to: int) -> Tensor:
         """Choose groups to remove, smallest score per neuron first, until ``count`` neurons are gone.

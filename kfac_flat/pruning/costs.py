@@ -50,7 +50,7 @@ class Costs:
         inputs, outputs = (1 - places.shares(gone) for places in (self._inputs, self._outputs))
         read = torch.where(self._reads_all, inputs, 1.0)
         parameters = self._weights * (1 - read * outputs) + self._others * (1 - outputs)
-        return float(parameters.sum()), float((self._macs * (1 - read * outputs)).sum())
+        return float(parameters.sum().round()), float((self._macs * (1 - read * outputs)).sum().round())
 
     def of_each(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters and multiply-accumulates that each group costs, those that two share counted for both.

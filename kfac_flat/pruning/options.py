@@ -49,12 +49,12 @@ class Options:
         """Return how many removals there are, for a model of so many neurons."""
         if self.neurons_per_event is None:
             return events
-        return math.ceil(round(self.target * neurons) / self.neurons_per_event)
+        return max(1, math.ceil(round(self.target * neurons) / self.neurons_per_event))
 
     def goal(self, original: float, event: int, share: float) -> float:
         """Return what is to be left of the budget after an event, with which this share of the target is due."""
         if self.budget != "neurons":
-            return original * (1 - self.target * share)
+            return original * (1 - self.target * share + _ROUNDING)
         if self.neurons_per_event is None:
             return original - round(self.target * share * original)
         return original - min(event * self.neurons_per_event, round(self.target * original))
@@ -77,4 +77,4 @@ class Options:
         )
 
 
-_ROUNDING = 1e-9  # (1 - 0.9) * 10 is a little more than 1
+_ROUNDING = 1e-9  # (1 - 0.9) * 10 is a little more than 1, and 100 * (1 - 0.07) a little less than 93

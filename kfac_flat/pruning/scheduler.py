@@ -45,7 +45,11 @@ class NeuronPruner:
     residual addition or a shared reader ties together go together. Which matter least is told by Theta, the first-order
     effect of removing them on the objective that the optimizer descends: the loss and, with :class:`FlatKFAC`, its
     penalty [Ebrahimi & Klabjan, arXiv 2111.08577, eq. 5-6]. It is read from weights and gradients at each optimizer
-    step, at no extra pass. All layers compete, per neuron removed.
+    step, at no extra pass. All layers compete, per neuron removed, unless ``ranking`` and ``per`` say otherwise; of
+    equals, the first goes first.
+
+    Each removal takes as few groups as bring the budget down to what is due by then. A group goes as a whole, so that a
+    little more may go than was asked for, and later removals then take less.
 
     The Parameter objects stay the same, the optimizer's state of the kept entries stays as it was, and what cannot be
     followed through the model is left uncut: see :attr:`frozen`.
@@ -62,21 +66,27 @@ class NeuronPruner:
         example_inputs: What the model is called with: a tensor, a tuple of positional or a dict of keyword arguments.
         target: Share of the budget to remove in the end, in (0, 1).
         budget: What ``target`` is a share of: the model's "neurons", its "parameters", its "macs" (multiply-accumulates
-            of one example), or its "latency", measured on its device.
+            of one example), or its "latency": seconds of a call in eval mode on ``example_inputs``, measured on the
+            model's device for every choice that is weighed, some 0.1 seconds each.
         start: Epochs of training before the first removal.
         every: Epochs from one removal to the next.
         events: Number of removals; the last comes at the end of epoch ``start + (events - 1) * every``.
         pace: How the target is divided among the events: "linear", in equal steps, or "cubic", more at first
             [Zhu & Gupta, arXiv 1710.01878].
-        neurons_per_event: Remove this many neurons each time, as often as it takes, instead of in ``events`` steps.
+        neurons_per_event: Remove this many neurons each time, as often as it takes; ``events`` and ``pace`` are not
+            used then. Goes with budget "neurons" only.
         min_neurons: Neurons that each layer keeps at least.
-        max_share: Share of its original neurons that a layer may lose at most.
-        max_step: Share of its neurons that a layer may lose at most in one event.
+        max_share: Share of its original neurons that a layer may lose at most in the whole run, in (0, 1].
+        max_step: Share of its present neurons that a layer may lose at most in one event, in (0, 1]. A layer of fewer
+            than ``1 / max_step`` neurons loses none, and where too little can go in the events that there are, the
+            target is missed: see :attr:`PruneReport.reason`.
         round_to: Leave layers that are cut at a multiple of this width; None for any.
-        ranking: "global": all layers compete; "layer": each loses the same share.
-        normalize: What a group's score is divided by before layers compete: None, or the "mean", "max" or "l2" norm of
-            the scores in the same layers.
-        per: What scores are counted per: the "neuron", "parameter" or "mac" that a removal saves, or the "group".
+        ranking: "global": all layers compete; "layer": each loses the same share of its groups, to rounding, and scores
+            decide within layers only.
+        normalize: What a group's score is divided by before layers compete, so that it matters less how large the
+            scores of a layer are as a whole: None, or the "mean", "max" or "l2" norm of the scores in the same layers.
+        per: What scores are counted per: the "neuron", "parameter" or "mac" that a removal saves, or the "group". With
+            "mac", groups whose removal saves none, such as those of a head that is there in training only, stay.
         ignore: Layers whose neurons stay: names (shell patterns allowed) or classes.
         copies: Models of the same structure that are cut along, such as an ``AveragedModel`` or a teacher.
         keep_removed: Keep what the last removal took, so that :meth:`undo` can put it back. It takes as much memory as
@@ -177,7 +187,7 @@ class NeuronPruner:
 
     @property
     def progress(self) -> float:
-        """Share of the budget removed so far, of which ``target`` is to be removed in the end."""
+        """Share of the budget removed so far, ``target`` in the end; of a latency, as last measured."""
         return 1 - self._amount(self._size) / self._amount(self._original)
 
     @property
@@ -321,7 +331,7 @@ class NeuronPruner:
             *(effects, each.get(ranking.per, torch.ones_like(effects))),
             floors=floors,
             round_to=self._options.round_to,
-            layerwise=ranking.scope == "layer",
+            alike=self._groups_of(self._graph.channels) if ranking.scope == "layer" else None,
         )
         return order.fewest(lambda gone: self._amount_without(gone, costs) <= goal)
 
