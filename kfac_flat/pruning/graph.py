@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac_flat.pruning import layers, rules
-from kfac_flat.pruning.budget import Groups
 from kfac_flat.pruning.errors import CutError
+from kfac_flat.pruning.groups import Groups
 from kfac_flat.pruning.ids import FIXED, components, membership, narrowed
 from kfac_flat.pruning.propagation import OUTPUT_REASON, FailedAtError, Propagation
 from kfac_flat.pruning.report import Size

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from kfac_flat.changes import Change, appending, make_all, setting, truncating
 from kfac_flat.distributed import Agreement
-from kfac_flat.pruning import layers
-from kfac_flat.pruning.budget import Groups, Ranking, Schedule
-from kfac_flat.pruning.costs import Costs
+from kfac_flat.pruning.budget import ROUNDING, Options, Ranking, Schedule
+from kfac_flat.pruning.checks import check_kinds, check_shared, checked_copies, ignored, trained_elsewhere
 from kfac_flat.pruning.errors import CutError
-from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without, without
-from kfac_flat.pruning.latency import latency
-from kfac_flat.pruning.options import Options
+from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without
+from kfac_flat.pruning.groups import Groups
+from kfac_flat.pruning.remaining import NONE, Remaining
 from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.saliency import Saliency
-from kfac_flat.pruning.surgery import Surgery, difference
+from kfac_flat.pruning.surgery import Surgery
 from kfac_flat.pruning.undo import Undo
-from kfac_flat.structure import Kept, structural_copy, unwrap
+from kfac_flat.structure import Kept, unwrap
 
 
 @runtime_checkable
@@ -145,24 +142,20 @@ class NeuronPruner:
             *(target, budget, neurons_per_event, min_neurons, max_share, max_step),
             *(1 if round_to is None else round_to, Ranking(ranking, normalize, per)),
         )
-        _check_kinds(model, optimizer)
+        check_kinds(model, optimizer)
         self._model, self._optimizer = unwrap(model), optimizer
-        self._copies = _checked_copies(self._model, copies)
-        _check_shared(self._model, optimizer)
+        self._copies = checked_copies(self._model, copies)
+        check_shared(self._model, optimizer)
         self._graph = NeuronGraph(
-            self._model, example_inputs, _ignored(self._model, ignore), _trained_elsewhere(self._model, optimizer)
+            self._model, example_inputs, ignored(self._model, ignore), trained_elsewhere(self._model, optimizer)
         )
-        self._channels = self._graph.channels
-        self._kept = {n: (torch.arange(len(c.inputs)), torch.arange(len(c.outputs))) for n, c in self._channels.items()}
-        self._size = self._original = self._dense_size()
-        self._schedule = replace(schedule, events=self._options.events(self._size.neurons, events))
+        self._left = self._dense = Remaining.everything(self._model, self._graph, self._options)
+        self._schedule = replace(schedule, events=self._options.events(self._left.size.neurons, events))
         self._epoch = self._event = 0
         self.history: list[PruneReport] = []
         self._keep_removed = keep_removed
         self._undo: tuple[Undo, dict[str, Any], int] | None = None
-        self._groups: Groups
-        self._saliency: Saliency
-        vars(self).update(self._unscored(self._channels))
+        self._saliency = self._unscored(self._left)
         self._check_reachable()
         self._attach()
 
@@ -183,22 +176,22 @@ class NeuronPruner:
     @property
     def sparsity(self) -> float:
         """Neurons removed so far / original neurons."""
-        return 1 - self._size.neurons / self._original.neurons
+        return 1 - self._left.size.neurons / self._dense.size.neurons
 
     @property
     def progress(self) -> float:
         """Share of the budget removed so far, ``target`` in the end; of a latency, as last measured."""
-        return 1 - self._amount(self._size) / self._amount(self._original)
+        return 1 - self._options.amount(self._left.size) / self._options.amount(self._dense.size)
 
     @property
     def finished(self) -> bool:
         """Whether the target has been reached, or all events have passed."""
-        return self.progress >= self._options.target or self._event >= self._schedule.events
+        return self.progress >= self._options.target - ROUNDING or self._event >= self._schedule.events
 
     @property
     def size(self) -> Size:
         """Neurons, parameters and multiply-accumulates of the model as it is."""
-        return self._size
+        return self._left.size
 
     @property
     def frozen(self) -> dict[str, str]:
@@ -208,7 +201,7 @@ class NeuronPruner:
     @property
     def widths(self) -> dict[str, int]:
         """Output channels of every Linear and convolution as it is now, by name."""
-        return self._widths(self._channels)
+        return self._left.widths()
 
     @property
     def survivors(self) -> dict[str, Tensor]:
@@ -224,7 +217,7 @@ class NeuronPruner:
             >>> pruner.survivors["0"], report.removed["0"]
             (tensor([0, 2]), tensor([1, 3]))
         """
-        return {name: self._kept[name][1].clone() for name in self._graph.producers}
+        return {name: self._left.kept[name][1].clone() for name in self._graph.producers}
 
     # ---------------------------------------------------------------- stepping
 
@@ -302,6 +295,14 @@ class NeuronPruner:
         undo, before, steps = self._undo
         make_all([*undo.changes(), setting(self, {**before, "_undo": None}), truncating(self.history, steps)])
 
+    @property
+    def _groups(self) -> Groups:
+        return self._left.groups
+
+    @property
+    def _channels(self) -> Mapping[str, Channels]:
+        return self._left.channels
+
     def _scores(self) -> list[float] | None:
         """Effect of removing each group, in the order of ``self._groups``; None while nothing is known of it."""
         return self._saliency.scores()
@@ -309,109 +310,41 @@ class NeuronPruner:
     def _choose(self, epoch: int, scores: list[float]) -> tuple[PruneReport, Tensor]:
         """Choose the groups that go with the next event, and prove on a skeleton that the model can do without them."""
         event = self._event + 1
-        goal = self._options.goal(self._amount(self._original), event, self._schedule.share(event))
-        if self._amount(self._size) <= goal:
-            return self._report(epoch, reason="an earlier removal took this one's share along"), _NONE
-        gone = self._fewest(scores, goal, self._floors())
+        goal = self._options.goal(self._options.amount(self._dense.size), event, self._schedule.share(event))
+        if self._options.amount(self._left.size) <= goal:
+            return self._report(epoch, reason="an earlier removal took this one's share along"), NONE
+        gone = self._left.fewest(scores, goal, self._options)
         if not len(gone):
             return self._report(epoch, reason=self._why_less(scores)), gone
-        after = self._measure(gone)
-        reason = self._why_less(scores) if self._amount(after) > goal else ""
+        after = self._left.measure(gone)
+        reason = self._why_less(scores) if self._options.amount(after) > goal else ""
         return self._report(epoch, gone, after, reason), gone
-
-    def _fewest(self, scores: Sequence[float], goal: float, floors: Mapping[str, int]) -> Tensor:
-        """Return as few groups as bring the budget down to the goal; all that the floors allow if they do not."""
-        costs, ranking = Costs(self._model, self._channels, self._graph.positions), self._options.ranking
-        effects = torch.tensor(scores, dtype=torch.float64)
-        if ranking.normalize is not None:
-            effects = self._groups.normalised(effects, ranking.normalize)
-        parameters, macs = costs.of_each(self._groups.ids)
-        each = {"neuron": self._groups.neurons.double(), "parameter": parameters, "mac": macs}
-        order = self._groups.order(
-            *(effects, each.get(ranking.per, torch.ones_like(effects))),
-            floors=floors,
-            round_to=self._options.round_to,
-            alike=self._groups_of(self._graph.channels) if ranking.scope == "layer" else None,
-        )
-        return order.fewest(lambda gone: self._amount_without(gone, costs) <= goal)
-
-    def _amount(self, size: Size) -> float:
-        """What a size is in terms of the budget."""
-        return float(getattr(size, self._options.budget))
-
-    def _amount_without(self, gone: Tensor, costs: Costs) -> float:
-        """What the model would be without these groups, in terms of the budget."""
-        if self._options.budget == "latency":
-            return self._latency(gone)
-        if self._options.budget == "neurons":
-            return self._size.neurons - self._groups.neurons_of(gone)
-        parameters, macs = costs.saved(gone)
-        return self._amount(self._size) - (parameters if self._options.budget == "parameters" else macs)
-
-    def _floors(self) -> dict[str, int]:
-        dense = {name: len(channels.outputs) for name, channels in self._graph.channels.items()}
-        return self._options.floors(self._groups.widths, dense)
-
-    def _dense_size(self) -> Size:
-        neurons = sum(len(self._graph.channels[name].outputs) for name in self._graph.hidden)
-        size = Size(neurons, sum(p.numel() for p in self._model.parameters()), self._graph.macs)
-        return replace(size, latency=self._latency(_NONE)) if self._options.budget == "latency" else size
-
-    def _measure(self, gone: Tensor) -> Size:
-        """Prove on a skeleton that the model can do without these groups, and return the size that it would have."""
-        size = self._graph.measure(self._model, self._channels, gone)
-        return replace(size, latency=self._latency(gone)) if self._options.budget == "latency" else size
-
-    def _latency(self, gone: Tensor) -> float:
-        """Cut a copy of the model and return how long it takes."""
-        small = structural_copy(self._model, lambda t: t.detach().clone())
-        Surgery(small, kept_without(self._channels, gone)).apply()
-        return latency(small, self._graph.inputs)
 
     def _cut(self, gone: Tensor, size: Size) -> list[Change]:
         """Prepare a cut of the model and all that follows it, this pruner included."""
-        kept = kept_without(self._channels, gone)
-        positions = dict(self._kept)
-        for name, keep in kept.items():
-            inputs, outputs = positions[name]
-            positions[name] = inputs[keep.inputs], outputs[keep.outputs]
-        channels = without(self._channels, gone)
-        own = {"_kept": positions, "_channels": channels, "_size": size, **self._unscored(channels)}
+        kept, left = kept_without(self._left.channels, gone), self._left.without(gone, size)
+        own: dict[str, Any] = {"_left": left, "_saliency": self._unscored(left)}
         surgery = Surgery(self._model, kept, self._optimizer, self._copies)
         if self._keep_removed:
             before = {name: getattr(self, name) for name in (*own, "_epoch", "_event")}
             own["_undo"] = Undo(surgery, kept, self._optimizer), before, len(self.history)
         return [*surgery.changes, setting(self, own)]
 
-    def _unscored(self, channels: Mapping[str, Channels]) -> dict[str, Any]:
-        """Groups and scores to begin with anew: effects measured before a cut say little of the model after it."""
-        groups = self._groups_of(channels)
+    def _unscored(self, left: Remaining) -> Saliency:
+        """Scores to begin with anew: effects measured before a cut say little of the model after it."""
         consumers = {name: self._model.get_submodule(name) for name in self._graph.consumers}
-        return {
-            "_groups": groups,
-            "_saliency": Saliency(consumers, {n: channels[n].inputs for n in consumers}, groups.ids),
-        }
-
-    def _knows_the_model(self) -> bool:
-        """Tell whether the model's layers are as wide as this pruner left them."""
-        return all(
-            layers.channel_counts(layers.part(self._model, name)) == (len(c.inputs), len(c.outputs))
-            for name, c in self._channels.items()
-        )
+        return Saliency(consumers, {name: left.channels[name].inputs for name in consumers}, left.groups.ids)
 
     def _check_known(self) -> None:
-        if not self._knows_the_model():
+        if not self._left.fits():
             raise CutError(
                 "the model's layers have been changed by something else, such as a second NeuronPruner: "
                 "make a new pruner for the model as it is now"
             )
 
-    def _groups_of(self, channels: Mapping[str, Channels]) -> Groups:
-        return Groups.of({name: channels[name].outputs for name in self._graph.hidden})
-
     def _record(self, stepping: Optimizer) -> None:
         """Score a step that ``stepping`` is about to make, on the gradients it is made with."""
-        if not self._knows_the_model():
+        if not self._left.fits():
             return  # step() will say so
         optimizer = self._optimizer
         direct = optimizer.input_mask_gradients() if isinstance(optimizer, PenalisingOptimizer) else {}
@@ -420,26 +353,22 @@ class NeuronPruner:
 
     # ---------------------------------------------------------------- reporting
 
-    def _widths(self, channels: Mapping[str, Channels]) -> dict[str, int]:
-        return {name: len(channels[name].outputs) for name in self._graph.producers}
-
     def _report(
         self, epoch: int, gone: Tensor | None = None, after: Size | None = None, reason: str = ""
     ) -> PruneReport:
-        remaining = self._channels if gone is None else without(self._channels, gone)
-        after = after or self._size
+        left = self._left if gone is None or after is None else self._left.without(gone, after)
         removed = {}
-        for name in self._graph.producers if gone is not None else ():
-            lost = torch.isin(self._channels[name].outputs, gone)  # type: ignore[arg-type]
+        for name in self._graph.producers:
+            lost = ~torch.isin(self._left.kept[name][1], left.kept[name][1])
             if lost.any():
-                removed[name] = self._kept[name][1][lost]
+                removed[name] = self._left.kept[name][1][lost]
         return PruneReport(
             epoch=epoch,
-            widths_before=self._widths(self._channels),
-            widths_after=self._widths(remaining),
-            before=self._size,
-            after=after,
-            sparsity=1 - after.neurons / self._original.neurons,
+            widths_before=self._left.widths(),
+            widths_after=left.widths(),
+            before=self._left.size,
+            after=left.size,
+            sparsity=1 - left.size.neurons / self._dense.size.neurons,
             removed=removed,
             reason=reason,
             frozen=self.frozen,
@@ -457,19 +386,18 @@ class NeuronPruner:
 
     def _check_reachable(self) -> None:
         """Refuse a target that no cut can reach, rather than stop short of it after hours."""
-        if not self._original.neurons:
+        left, options = self._left, self._options
+        if not left.size.neurons:
             raise ValueError(
                 "the model has no neurons to remove: no Linear or convolution but those that form its output"
             )
-        floors = replace(self._options, max_step=1.0).floors(self._groups.widths, self._groups.widths)
-        most = self._fewest([0.0] * len(self._groups.ids), 0.0, floors) if len(self._groups.ids) else _NONE
-        every, what = self._amount(self._original), self._options.budget
-        left = self._amount_without(most, Costs(self._model, self._channels, self._graph.positions))
-        if left > every * (1 - self._options.target) + _ROUNDING * every:
+        most = left.fewest([0.0] * len(left.groups.ids), 0.0, replace(options, max_step=1.0))
+        every, least = options.amount(left.size), left.amount_without(most)
+        if least > every * (1 - options.target + ROUNDING):
             frozen = "".join(f"\n  {name}: {reason}" for name, reason in self.frozen.items())
             raise ValueError(
-                f"target={self._options.target} cannot be reached: {every - left:,.9g} of the model's {every:,.9g} "
-                f"{what} can be removed with {self._options}. Layers that cannot lose neurons:{frozen}"
+                f"target={options.target} cannot be reached: {every - least:,.9g} of the model's {every:,.9g} "
+                f"{options.budget} can be removed with {options}. Layers that cannot lose neurons:{frozen}"
             )
 
     # ---------------------------------------------------------------- checkpoints
@@ -481,10 +409,11 @@ class NeuronPruner:
         the ORIGINAL module. :func:`kfac_flat.shrink` needs no more than that.
         """
         return {
-            "layers": {name: {"in": inputs, "out": outputs} for name, (inputs, outputs) in self._kept.items()},
+            "layers": {name: {"in": inputs, "out": outputs} for name, (inputs, outputs) in self._left.kept.items()},
             "epoch": self._epoch,
             "event": self._event,
-            "original": self._amount(self._original),
+            "budget": self._options.budget,
+            "original": self._options.amount(self._dense.size),
             "saliency": self._saliency.state_dict(),
         }
 
@@ -497,42 +426,48 @@ class NeuronPruner:
         Raises:
             ValueError: if the state belongs to another model, or keeps what this one has lost; nothing has changed.
         """
-        missing = [key for key in ("layers", "epoch", "event", "original", "saliency") if key not in state_dict]
+        missing = [
+            key for key in ("layers", "epoch", "event", "budget", "original", "saliency") if key not in state_dict
+        ]
         if missing:
             raise ValueError(f"this is no state of a NeuronPruner: it lacks {', '.join(missing)}")
+        if state_dict["budget"] != self._options.budget:
+            raise ValueError(
+                f"the state is of a run with budget={state_dict['budget']!r}, and this one has {self._options.budget!r}"
+            )
         layers = {name: (entry["in"].cpu(), entry["out"].cpu()) for name, entry in state_dict["layers"].items()}
-        if layers.keys() != self._kept.keys():
-            different = sorted(layers.keys() ^ self._kept.keys())
+        if layers.keys() != self._left.kept.keys():
+            different = sorted(layers.keys() ^ self._left.kept.keys())
             raise ValueError(f"the state belongs to another model: {', '.join(different)} stand in one of them only")
         lost = []
         for name, (_, outputs) in layers.items():
-            own = self._kept[name][1]
+            own = self._left.kept[name][1]
             if not torch.isin(outputs, own).all():
                 raise ValueError(
                     f"the state keeps channels of {name} that this model no longer has: load it into the dense model"
                 )
-            lost.append(self._channels[name].outputs[~torch.isin(own, outputs)])
+            lost.append(self._left.channels[name].outputs[~torch.isin(own, outputs)])
         gone = torch.unique(torch.cat(lost))
-        kept = kept_without(self._channels, gone)
-        for name, (inputs, outputs) in self._kept.items():
+        kept = kept_without(self._left.channels, gone)
+        for name, (inputs, outputs) in self._left.kept.items():
             keep = kept.get(name, Kept(torch.arange(len(inputs)), torch.arange(len(outputs))))
             if not (
                 torch.equal(inputs[keep.inputs], layers[name][0])
                 and torch.equal(outputs[keep.outputs], layers[name][1])
             ):
                 raise ValueError(f"the state keeps other channels of {name} than go together in this model")
-        loaded = self._unscored(without(self._channels, gone))
-        if len(state_dict["saliency"]["total"]) != len(loaded["_groups"].ids):
+        left = self._left.without(gone, self._left.measure(gone))
+        saliency = self._unscored(left)
+        if len(state_dict["saliency"]["total"]) != len(left.groups.ids):
             raise ValueError("the state's saliency belongs to another number of groups than this model has")
-        loaded["_saliency"].load_state_dict(state_dict["saliency"])
-        loaded |= {"_epoch": state_dict["epoch"], "_event": state_dict["event"], "_undo": None}
-        if self._options.budget == "latency":  # what the rest of the run is measured by
-            loaded["_original"] = replace(self._original, latency=state_dict["original"])
-        make_all([*self._cut(gone, self._measure(gone)), setting(self, loaded)])
+        saliency.load_state_dict(state_dict["saliency"])
+        loaded = {"_saliency": saliency, "_epoch": state_dict["epoch"], "_event": state_dict["event"], "_undo": None}
+        if self._options.times:  # what the rest of the run is measured by
+            size = replace(self._dense.size, latency=state_dict["original"])
+            loaded["_dense"] = replace(self._dense, size=size)
+        make_all([*self._cut(gone, left.size), setting(self, loaded)])
 
 
-_NONE = torch.tensor([], dtype=torch.long)
-_ROUNDING = 1e-9  # of sums of floating-point numbers
 _FINISHED = "finished: the target has been reached or all events have passed"
 _UNSCORED = "no optimizer step with finite gradients since the last removal, so nothing is known of the neurons"
 
@@ -561,76 +496,3 @@ def _recording_hook(pruner: NeuronPruner) -> Callable[..., Any]:
         return args[:1], {**kwargs, "closure": recorded}
 
     return hook
-
-
-def _ignored(model: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> dict[str, str]:
-    """Names of all modules that are, or lie inside, what is to be ignored."""
-    if isinstance(ignore, (str, type)):
-        raise ValueError(f"ignore={ignore!r} must be a collection of names and classes, such as ({ignore!r},)")
-    modules = dict(model.named_modules())
-    found: dict[str, str] = {}
-    for choice in ignore:
-        if not isinstance(choice, (str, type)):
-            meant = "".join(f"; say {name!r}" for name, module in modules.items() if module is choice)
-            raise ValueError(f"ignore= takes names and classes, not a {type(choice).__name__} itself{meant}")
-        roots = [
-            name
-            for name, module in modules.items()
-            if (fnmatch.fnmatchcase(name, choice) if isinstance(choice, str) else isinstance(module, choice))
-        ]
-        if not roots:
-            raise ValueError(f"ignore={choice!r} matches no module of the model")
-        inside = (name for name in modules if any(name == root or name.startswith(f"{root}.") for root in roots))
-        found.update(dict.fromkeys(inside, "ignored on request"))
-    return found
-
-
-def _checked_copies(model: nn.Module, copies: Iterable[nn.Module]) -> list[nn.Module]:
-    """Return the models inside their wrappers, found to be of the model's structure."""
-    if isinstance(copies, nn.Module):
-        raise TypeError(f"copies must be a collection of models, such as [{type(copies).__name__}(...)]")
-    found = []
-    for i, wrapped in enumerate(copies):
-        if not isinstance(wrapped, nn.Module):
-            raise TypeError(f"copies[{i}] must be a torch.nn.Module, not {type(wrapped).__name__}")
-        found.append(unwrap(wrapped.module if isinstance(wrapped, AveragedModel) else wrapped))
-        different = difference(model, found[i])
-        if different:
-            raise ValueError(f"copies[{i}] is no copy of the model: {different}")
-    return found
-
-
-def _trained_elsewhere(model: nn.Module, optimizer: Optimizer) -> dict[str, str]:
-    """Names of modules with trainable parameters that this optimizer does not hold, whose state would stay behind."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {
-        name: "has trainable parameters that are not the optimizer's"
-        for name, module in model.named_modules()
-        if any(p is not None and p.requires_grad and id(p) not in held for p in module._parameters.values())
-    }
-
-
-def _check_kinds(model: Any, optimizer: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    inner = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
-    if isinstance(inner, nn.parallel.DistributedDataParallel):
-        raise TypeError(
-            "prune the model inside the wrapper, model.module, and let the wrapper follow: "
-            "`with kfac_flat.rewrap(model): pruner.step()`"
-        )
-    if isinstance(inner, nn.DataParallel):
-        raise TypeError("prune the model inside the wrapper, model.module")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer instance, not {type(optimizer).__name__}")
-
-
-def _check_shared(model: nn.Module, optimizer: Optimizer) -> None:
-    wrapper = getattr(optimizer, "_kfac_flat", None)
-    if wrapper is not None and wrapper() is not None:
-        raise ValueError("give NeuronPruner the FlatKFAC itself, not the optimizer that it wraps")
-    of_model = {id(p) for p in model.parameters()}
-    if not any(id(p) in of_model for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(
-            "none of the optimizer's parameters belongs to the model: build it from the parameters of this very model"
-        )

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfac_flat import NeuronPruner
-from kfac_flat.pruning.budget import Groups, Ranking, Schedule
+from kfac_flat.pruning.budget import Ranking, Schedule
 from kfac_flat.pruning.graph import kept_without
+from kfac_flat.pruning.groups import Groups
 from kfac_flat.pruning.surgery import Surgery
 from tests.pruning.masking import layers_of, prune_at_random, pruner_for, random_gradients
 from tests.pruning.nets import CASES
@@ -228,7 +229,7 @@ PACES = {"linear": lambda t: t, "cubic": lambda t: 1 - (1 - t) ** 3}
 def test_every_event_reaches_its_goal_with_as_few_groups_as_possible(
     name: str, budget: str, pace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kfac_flat.pruning.scheduler.latency", fake_latency)
+    monkeypatch.setattr("kfac_flat.pruning.remaining.latency", fake_latency)
     model, inputs = CASES[name].build()
     target, events = 0.4, 3
     if budget == "latency":
@@ -276,7 +277,7 @@ def test_a_target_that_neurons_meet_exactly_takes_no_neuron_more(lost: int) -> N
 def test_a_target_out_of_reach_is_refused_in_the_budgets_own_numbers(
     budget: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kfac_flat.pruning.scheduler.latency", fake_latency)
+    monkeypatch.setattr("kfac_flat.pruning.remaining.latency", fake_latency)
     model = mlp(4, 10, 10, 3)
     with pytest.raises(ValueError, match=r"target=0\.9 cannot be reached: ") as error:
         pruner_for(model, torch.zeros(1, 4), target=0.9, budget=budget, min_neurons=3)
@@ -433,7 +434,7 @@ def test_a_group_of_several_neurons_is_weighed_as_one_or_by_their_number(per: st
 def test_two_runs_are_the_same_and_equal_scores_go_by_index(
     budget: str, ranking: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kfac_flat.pruning.scheduler.latency", fake_latency)
+    monkeypatch.setattr("kfac_flat.pruning.remaining.latency", fake_latency)
     reports = []
     for _ in range(2):
         model = mlp(6, 8, 8, 3).double()
@@ -452,7 +453,7 @@ def test_two_runs_are_the_same_and_equal_scores_go_by_index(
 
 @pytest.mark.parametrize("budget", ["neurons", "parameters", "macs", "latency"])
 def test_a_resumed_pruner_goes_on_towards_the_same_target(budget: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kfac_flat.pruning.scheduler.latency", fake_latency)
+    monkeypatch.setattr("kfac_flat.pruning.remaining.latency", fake_latency)
 
     def fresh() -> tuple[nn.Module, NeuronPruner]:
         torch.manual_seed(0)
@@ -471,9 +472,9 @@ def test_a_resumed_pruner_goes_on_towards_the_same_target(budget: str, monkeypat
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     if budget == "latency":  # measured on a machine that now takes three times as long
-        monkeypatch.setattr("kfac_flat.pruning.scheduler.latency", lambda *of: 3 * fake_latency(*of))
+        monkeypatch.setattr("kfac_flat.pruning.remaining.latency", lambda *of: 3 * fake_latency(*of))
     again, resumed = fresh()
-    monkeypatch.setattr("kfac_flat.pruning.scheduler.latency", fake_latency)
+    monkeypatch.setattr("kfac_flat.pruning.remaining.latency", fake_latency)
     resumed.load_state_dict(saved["pruner"])
     again.load_state_dict(saved["model"])
     assert resumed.step()

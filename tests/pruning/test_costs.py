@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_flat.pruning import rules
-from kfac_flat.pruning.budget import Groups
 from kfac_flat.pruning.costs import Costs
 from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without
+from kfac_flat.pruning.groups import Groups
 from kfac_flat.pruning.surgery import Surgery
 from tests.pruning.masking import is_depthwise
 from tests.pruning.nets import CASES, LAYERS, Case, Net, call, conv, images, sequences

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn, optim
 
 from kfac_flat import NeuronPruner, PruneReport
-from kfac_flat.pruning.budget import Groups
+from kfac_flat.pruning.groups import Groups
 from tests.pruning.masking import prune_at_random, pruner_for, random_gradients
 from tests.pruning.nets import CASES, Net, conv
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -533,7 +534,7 @@ def test_choosing_neurons_that_are_tied_to_others_is_refused_by_the_check(monkey
     untied = torch.arange(1000, 1006)
     channels["b"] = type(channels["b"])(channels["b"].inputs, untied)
     with monkeypatch.context() as patch:
-        patch.setattr(pruner, "_channels", channels)
+        patch.setattr(pruner, "_left", dataclasses.replace(pruner._left, channels=channels))
         with pytest.raises(CutError):
             pruner.step()
     assert_nothing_happened_and_training_goes_on(model, optimizer, pruner, x, y, before)
