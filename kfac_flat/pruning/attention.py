@@ -39,7 +39,14 @@ class FewerHeadsAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend; see :meth:`torch.nn.MultiheadAttention.forward`."""
+        """Attend; see :meth:`torch.nn.MultiheadAttention.forward`.
+
+        Raises:
+            RuntimeError: if ``is_causal``, no more than a hint at what ``attn_mask`` is, comes without one.
+            ValueError: if ``attn_mask`` differs from head to head.
+        """
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal=True only says what attn_mask is: give that, too")
         batched = query.dim() == 3
         sequences = [t if batched else t.unsqueeze(0) for t in (query, key, value)]
         if batched and not self.batch_first:

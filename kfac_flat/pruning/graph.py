@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from kfac_flat.pruning import layers, rules
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.groups import Groups
-from kfac_flat.pruning.ids import FIXED, components, membership, narrowed
+from kfac_flat.pruning.ids import FIXED, components, fixed, membership, narrowed
 from kfac_flat.pruning.propagation import OUTPUT_REASON, FailedAtError, Propagation
 from kfac_flat.pruning.report import Size
 from kfac_flat.pruning.rules import Place
 from kfac_flat.pruning.surgery import Surgery
 from kfac_flat.pruning.tracing import ExampleInputs, Program, UntraceableError, skeleton, trace
 from kfac_flat.structure import Kept
+
+UNCALLED_REASON = "is not called by itself: it is unused, or inside a module that is not looked into"
+TOGETHER_REASON = "its neurons can only go all at once"
 
 _TRIALS = 2
 
@@ -293,6 +296,7 @@ class _Grouping(rules.Table):
     def groups(self) -> tuple[dict[str, Channels], dict[str, str]]:
         """Return the group of every channel, and why producers have frozen ones."""
         self._tie_shared_parameters()
+        self._add_uncalled()
         for name, reason in self._pinned.items():
             if name in self.inputs:
                 self.freeze(torch.cat([self.inputs[name], self.outputs[name]]), reason)
@@ -305,10 +309,24 @@ class _Grouping(rules.Table):
         for name in self.inputs:
             inputs, outputs = labels[self.inputs[name]], labels[self.outputs[name]]
             channels[name] = Channels(inputs.clamp(min=FIXED), outputs.clamp(min=FIXED))
+            if not layers.is_producer(layers.part(self._model, name)):
+                continue
             stuck = outputs[outputs <= FIXED]
-            if len(stuck) and layers.is_producer(layers.part(self._model, name)):
+            if len(stuck):
                 frozen[name] = why[-int(stuck[0])]
+            elif len(outputs) > 1 and bool((outputs == outputs[0]).all()):
+                frozen[name] = TOGETHER_REASON
         return channels, frozen
+
+    def _add_uncalled(self) -> None:
+        """A layer that is never called as such has neurons too, of which nothing is known: they stay."""
+        for name, module in self._model.named_modules():
+            if name not in self.inputs and layers.is_producer(module):
+                inputs, outputs = layers.channel_counts(module)
+                self.inputs[name] = fixed(torch.Size([inputs]))
+                self.outputs[name] = torch.arange(self._next, self._next + outputs)
+                self._next += outputs
+                self._pinned.setdefault(name, UNCALLED_REASON)
 
     def _tie_shared_parameters(self) -> None:
         """Modules that share a parameter are cut alike; a parameter shared with a module unknown here is not cut."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac_flat import NeuronPruner
-from tests.pruning.nets import CONVS, LAYERS, TRANSPOSED, call
+from tests.pruning.nets import BATCH_NORMS, CONVS, LAYERS, TRANSPOSED, call
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -48,6 +48,9 @@ class Probe:
         self._read: dict[str, list[Tensor]] = {}
         self._held: dict[str, list[Tensor]] = {}
         self._seen: dict[str, list[Tensor]] = {}
+        for module in self._model.modules():
+            if isinstance(module, BATCH_NORMS):
+                module.eval()  # statistics of the disturbed batch would undo most of the disturbance
         self._disturbed: Mapping[str, Iterable[int]] = {}
         self._strength, self._noise = 0.0, torch.Generator()
         for name, module in self._layers.items():
@@ -68,10 +71,11 @@ class Probe:
             if not self._held:
                 return None
             held = output if is_depthwise(module) else self._held[name][i].clone()
+            strength = self._strength * max(1.0, float(held.std()))
             for channel in self._disturbed.get(name, ()):
                 disturbed = held.select(channel_axis(module, held), channel)
                 noise = torch.randn(disturbed.shape, dtype=disturbed.dtype, generator=self._noise)
-                disturbed += self._strength * noise
+                disturbed += strength * noise
             return held
 
         return hook
@@ -86,7 +90,7 @@ class Probe:
             for reader, module in self._layers.items():
                 if is_depthwise(module):
                     continue
-                for before, after in zip(self._baseline[reader], self._read[reader], strict=True):
+                for before, after in zip(self._baseline.get(reader, []), self._read[reader], strict=True):
                     different = (before != after).movedim(channel_axis(module, before), 0).flatten(1).any(1)
                     found[reader] |= set(different.nonzero().flatten().tolist())
         return found
@@ -95,9 +99,10 @@ class Probe:
         """Input channels, by layer, that are zero whatever the neurons do: padding."""
         moving = self.readers({name: range(widths_of(module)[1]) for name, module in self._layers.items()}, draws)
         found = {}
-        for name, calls in self._baseline.items():
-            axis = channel_axis(self._layers[name], calls[0])
-            zero = torch.stack([(x == 0).movedim(axis, 0).flatten(1).all(1) for x in calls]).all(0)
+        for name, module in self._layers.items():  # no call: nothing but zeros, and nothing moves
+            zero = torch.ones(widths_of(module)[0], dtype=torch.bool)
+            for x in self._baseline.get(name, []):
+                zero &= (x == 0).movedim(channel_axis(module, x), 0).flatten(1).all(1)
             found[name] = set(zero.nonzero().flatten().tolist()) - moving[name]
         return found
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kfac_flat.pruning import rules
+from kfac_flat.pruning import layers
 from kfac_flat.pruning.costs import Costs
 from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without
 from kfac_flat.pruning.groups import Groups
@@ -107,7 +107,7 @@ class Cuts:
 
 def reads_all(model: nn.Module, name: str) -> bool:
     """Whether this is a layer whose every output is made of all its inputs, or those of its part of them."""
-    module = rules.part(model, name)
+    module = layers.part(model, name)
     return isinstance(module, (*LAYERS, nn.MultiheadAttention)) and not is_depthwise(module)
 
 
@@ -143,11 +143,11 @@ def test_attention_saves_what_its_heads_multiply_with_each_other_on_top(name: st
 def test_the_cost_of_a_group_is_what_it_saves_if_it_goes_alone(name: str) -> None:
     cuts = Cuts(name)
     told = cuts.costs.of_each(cuts.groups.ids)
-    layers = {name: c for name, c in cuts.graph.channels.items() if reads_all(cuts.model, name)}
+    readers = {name: c for name, c in cuts.graph.channels.items() if reads_all(cuts.model, name)}
     for i, group in enumerate(cuts.groups.ids):
         twice, products = {}, 0.0  # where the group reads itself, what it makes of itself is counted for both sides
-        for layer, c in layers.items():
-            weight = rules.weight_of(cuts.model.get_submodule(layer))
+        for layer, c in readers.items():
+            weight = layers.weight_of(cuts.model.get_submodule(layer))
             own = float((c.inputs == group).double().mean() * (c.outputs == group).double().mean()) * weight.numel()
             twice[weight] = own
             products += own * cuts.graph.positions.get(layer, 0)

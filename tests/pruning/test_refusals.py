@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from kfac_flat import NeuronPruner
-from tests.pruning.masking import assert_exact, layers_of, prune_at_random, pruner_for
+from tests.pruning.masking import assert_exact, layers_of, prune_at_random, pruner_for, random_gradients
 from tests.pruning.nets import CASES, Case, Net, call, conv, images, vectors
 
 OUTPUT = "forms the model's output"
@@ -304,10 +304,51 @@ def test_an_untraceable_submodule_is_left_uncut_and_warned_about_by_name() -> No
         pruner = pruner_for(model, inputs, target=0.2)
     assert len(warned) == 1
     assert "odd (Branching) has no rule" in pruner.frozen["a"]
-    assert "odd.inner" not in pruner.widths
+    assert "is not called by itself" in pruner.frozen["odd.inner"]
     prune_at_random(pruner, model)
     assert_exact(dense, model, pruner.state_dict(), inputs)
     train_on(model, inputs)
+
+
+def called_otherwise() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = F.linear(F.relu(net.a(x)), net.b.weight, net.b.bias)
+        return net.head(net.encoder(x.unsqueeze(1)).squeeze(1))
+
+    encoder = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    return Net(
+        forward, a=nn.Linear(6, 10), b=nn.Linear(10, 8), unused=nn.Linear(2, 2), encoder=encoder,
+        c=nn.Linear(8, 9), head=nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3)),
+    )  # fmt: skip
+
+
+def test_layers_that_are_not_called_by_themselves_are_named_and_stay_whole() -> None:
+    model, inputs = Case(called_otherwise, vectors).build()
+    dense = copy.deepcopy(model)
+    pruner = pruner_for(model, inputs, target=0.05)
+    inside = ("unused", "c", "encoder.linear1", "encoder.linear2", "encoder.self_attn", "encoder.self_attn.out_proj")
+    for name in inside:
+        assert pruner.frozen[name].startswith("is not called by itself: it is unused, or inside a module")
+    assert pruner.frozen["b"] == "b.weight is used outside its module"
+    assert "linear() has no rule" in pruner.frozen["a"]
+    assert pruner.size.neurons == 10 + 8 + 2 + 9 + 12 + 8 + 3 * 8 + 8 + 7
+    prune_at_random(pruner, model)
+    assert pruner.widths == {
+        name: width - 4 * (name == "head.0") for name, width in pruner.history[0].widths_before.items()
+    }
+    assert {*inside, "a", "b"} <= pruner.widths.keys()
+    assert_exact(dense, model, pruner.state_dict(), inputs)
+    assert "not called by itself" in pruner.history[0].table()
+
+
+def test_a_layer_whose_neurons_only_go_all_at_once_is_named() -> None:
+    model = nn.Sequential(
+        nn.Linear(6, 8), nn.GroupNorm(1, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 3)
+    )  # fmt: skip
+    pruner = pruner_for(model, torch.randn(2, 6), target=0.2)
+    assert pruner.frozen == {"0": "its neurons can only go all at once", "5": OUTPUT}
+    random_gradients(model, pruner._optimizer)
+    assert pruner.step().widths_after == {"0": 8, "3": 4, "5": 3}
 
 
 def test_an_untraceable_model_is_refused_with_advice() -> None:

@@ -1,0 +1,121 @@
+"""Attention that may lose heads computes what torch's own does, whatever it is called with."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kfac_flat.pruning.attention import FewerHeadsAttention
+from tests.pruning.masking import distance
+
+WIDTH, HEADS, EXAMPLES, QUERIES, KEYS = 12, 3, 4, 5, 7
+
+# Where True, nothing is attended to; no query and no example is left without a key.
+PADDING = torch.arange(KEYS) >= torch.tensor([[7], [6], [3], [1]])
+HIDDEN = torch.ones(QUERIES, KEYS, dtype=torch.bool).triu(1)
+
+
+def as_numbers(mask: Tensor) -> Tensor:
+    """A mask that is added: minus infinity where the other is True, not the same everywhere else."""
+    added = torch.linspace(-1, 1, mask.numel(), dtype=torch.float64).view(mask.shape)
+    return added.masked_fill(mask, -torch.inf)
+
+
+MASKS: dict[str, dict[str, Tensor | bool]] = {
+    "none": {},
+    "padding": {"key_padding_mask": PADDING},
+    "padding_added": {"key_padding_mask": as_numbers(PADDING)},
+    "hidden": {"attn_mask": HIDDEN},
+    "hidden_added": {"attn_mask": as_numbers(HIDDEN)},
+    "causal": {"attn_mask": HIDDEN, "is_causal": True},
+    "both": {"attn_mask": HIDDEN, "key_padding_mask": PADDING},
+    "both_added": {"attn_mask": as_numbers(HIDDEN), "key_padding_mask": as_numbers(PADDING)},
+    "both_causal": {"attn_mask": HIDDEN, "key_padding_mask": PADDING, "is_causal": True},
+}
+
+
+def attention(**options: Any) -> tuple[nn.MultiheadAttention, nn.MultiheadAttention]:
+    """Return torch's attention with random weights and biases, and the same as it is once heads can go."""
+    torch.manual_seed(0)
+    ours = nn.MultiheadAttention(WIDTH, HEADS, dtype=torch.float64, **options)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.normal_()
+    theirs = copy.deepcopy(ours)
+    ours.__class__ = FewerHeadsAttention
+    return theirs, ours
+
+
+def sequences(batch_first: bool = False, batched: bool = True) -> list[Tensor]:
+    """Query, key and value."""
+    shapes = [(EXAMPLES, length, WIDTH) for length in (QUERIES, KEYS, KEYS)]
+    found = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    if not batched:
+        return [t[-1] for t in found]
+    return found if batch_first else [t.transpose(0, 1) for t in found]
+
+
+def results(module: nn.MultiheadAttention, args: list[Tensor], **options: Any) -> list[Tensor]:
+    return [t.detach() for t in module(*args, **options) if t is not None]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("layout", ["batch_first", "batch_second", "unbatched"])
+def test_it_is_torchs_attention_whatever_the_arguments(layout: str, mask: str, training: bool) -> None:
+    batched, options = layout != "unbatched", dict(MASKS[mask])
+    if not batched and "key_padding_mask" in options:
+        options["key_padding_mask"] = options["key_padding_mask"][-1]
+    for bias, need_weights, average in itertools.product([True, False], repeat=3):
+        theirs, ours = attention(bias=bias, batch_first=layout == "batch_first")
+        args = sequences(theirs.batch_first, batched)
+        options |= {"need_weights": need_weights, "average_attn_weights": average}
+        expected, found = (results(m.train(training), args, **options) for m in (theirs, ours))
+        assert len(found) == 1 + need_weights
+        assert distance(found, expected) < 1e-12
+
+
+@pytest.mark.parametrize("mask", [mask for mask in MASKS if mask != "none"])
+def test_each_of_the_masks_matters(mask: str) -> None:
+    _, ours = attention()
+    args = sequences()
+    assert distance(results(ours, args, **MASKS[mask]), results(ours, args)) > 1e-3
+
+
+def test_gradients_are_torchs_too() -> None:
+    gradients = []
+    for module in attention():
+        torch.manual_seed(1)
+        module(*sequences(), key_padding_mask=PADDING, need_weights=False)[0].square().sum().backward()
+        gradients.append([p.grad for p in module.parameters()])
+    assert distance(gradients[1], gradients[0]) < 1e-12
+
+
+def test_dropout_falls_on_the_weights_in_train_mode_only() -> None:
+    theirs, ours = attention(dropout=0.5)
+    args = sequences()
+    whole = results(theirs.eval(), args, average_attn_weights=False)
+    assert distance(results(ours.eval(), args, average_attn_weights=False), whole) < 1e-12
+    _, dropped = results(ours.train(), args, average_attn_weights=False)
+    kept = dropped != 0
+    assert 0 < kept.sum() < kept.numel()
+    assert torch.allclose(dropped[kept], 2 * whole[1][kept])
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_mask_for_every_head_is_refused(need_weights: bool) -> None:
+    _, ours = attention()
+    mask = torch.zeros(EXAMPLES * HEADS, QUERIES, KEYS, dtype=torch.bool)
+    with pytest.raises(ValueError, match="differs from head to head"):
+        ours(*sequences(), attn_mask=mask, need_weights=need_weights)
+
+
+def test_the_hint_that_attention_is_causal_asks_for_the_mask_as_torchs_does() -> None:
+    for module in attention():
+        with pytest.raises(RuntimeError, match="is_causal"):
+            module(*sequences(), is_causal=True)
