@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from kfac_flat.pruning.report import shortened
+from kfac_flat.pruning.text import shortened
 
 # Colours that stay apart for every kind of colour vision [Okabe & Ito 2008].
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
