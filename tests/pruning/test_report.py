@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from kfac_flat import NeuronPruner, PruneReport, Size
-from kfac_flat.pruning.report import shortened
+from kfac_flat.pruning.text import shortened
 from tests.pruning.masking import layers_of, prune_at_random, pruner_for, widths_of
 from tests.pruning.nets import CASES
 
