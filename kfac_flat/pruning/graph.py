@@ -8,12 +8,12 @@ at random on copies without data find whatever the rules get wrong, before any r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from kfac_flat.pruning import layers, rules
 from kfac_flat.pruning.errors import CutError
@@ -61,6 +61,18 @@ def kept_without(channels: Mapping[str, Channels], gone: Tensor) -> dict[str, Ke
     return kept
 
 
+def _before_products(bare: nn.Module, program: Program) -> Iterator[Place]:
+    """Yield the movements of data that lead to a product of activations with no layer in between."""
+    leading: set[fx.Node] = set()
+    for i, node in reversed(list(enumerate(program.graph.nodes))):
+        target = bare.get_submodule(str(node.target)) if node.op == "call_module" else node.target
+        rule = None if isinstance(target, nn.Module) and layers.has_channels(target) else rules.find(target)
+        if rule in rules.PRODUCTS or (rule is not None and node in leading):
+            leading.update(node.all_input_nodes)
+            if node in leading and rule in rules.MOVES:
+                yield program.training, i
+
+
 def _stays(channels: Mapping[str, Channels], gone: Tensor) -> Tensor:
     """Return for each group whether it stays."""
     ids = (ids for c in channels.values() for ids in (c.inputs, c.outputs))
@@ -103,7 +115,10 @@ class NeuronGraph:
         self._programs = trace(model, self._bare, layers.has_channels, rules.keeps_shape)
         self._ignore, self._whole = dict(ignore or {}), dict(whole or {})
         self._stuck: dict[Place, str] = {}  # operations that no rule gets right, found by trial
-        self._whole_rows: set[Place] = set()  # where neurons are dealt out to attention heads
+        # Where neurons are dealt out to rows that go whole: attention heads, as far as can be foreseen.
+        self._whole_rows = {
+            place for program in self._programs.values() for place in _before_products(self._bare, program)
+        }
         self._numbers: dict[Place, Any] = {}  # what operations compute with, in the dense model
         self.positions: dict[str, float] = {}
         self.macs = 0
