@@ -68,8 +68,8 @@ class NeuronPruner:
         start: Epochs of training before the first removal.
         every: Epochs from one removal to the next.
         events: Number of removals; the last comes at the end of epoch ``start + (events - 1) * every``.
-        pace: How the target is divided among the events: "linear", in equal steps, or "cubic", more at first
-            [Zhu & Gupta, arXiv 1710.01878].
+        pace: How the target is divided among the events: "cubic", more at first, while there are many neurons to choose
+            from [Zhu & Gupta, arXiv 1710.01878], or "linear", in equal steps.
         neurons_per_event: Remove this many neurons each time, as often as it takes; ``events`` and ``pace`` are not
             used then. Goes with budget "neurons" only.
         min_neurons: Neurons that each layer keeps at least.
@@ -121,10 +121,10 @@ class NeuronPruner:
         *,
         target: float,
         start: int = 5,
-        every: int = 2,
-        events: int = 5,
+        every: int = 1,
+        events: int = 10,
         budget: str = "neurons",
-        pace: str = "linear",
+        pace: str = "cubic",
         neurons_per_event: int | None = None,
         min_neurons: int = 1,
         max_share: float = 1.0,

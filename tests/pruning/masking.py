@@ -173,6 +173,7 @@ def random_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, seed: i
 def pruner_for(model: nn.Module, inputs: Any, *, target: float = 0.4, events: int = 1, **options: Any) -> NeuronPruner:
     """Return a pruner with an optimizer that leaves the weights where they are."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    options = {"pace": "linear", **options}
     return NeuronPruner(model, optimizer, inputs, target=target, start=1, every=1, events=events, **options)
 
 
