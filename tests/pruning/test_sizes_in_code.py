@@ -49,27 +49,25 @@ def written_out(net: Any, x: Tensor) -> Tensor:
     return attended(q, k, v)
 
 
-class SplitInput(nn.Module):
+class SplitInput(Attention):
     """The number of heads also divides what comes from outside."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.attention, self.head = nn.Linear(8, 8), Attention(self.attend), nn.Linear(8, 3)
+    def forward(self, x: Tensor, outside: Tensor) -> Tensor:
+        gate = outside.reshape(outside.shape[0], outside.shape[1], self.num_heads, -1).amax(-1).mean(-1, keepdim=True)
+        return super().forward(x) * gate
 
-    @staticmethod
-    def attend(net: Any, x: tuple[Tensor, Tensor]) -> Tensor:
-        inside, outside = x
-        gate = outside.reshape(outside.shape[0], outside.shape[1], net.num_heads, -1).amax(-1).mean(-1, keepdim=True)
-        return attended(*heads_of(net, inside)) * gate
 
-    def forward(self, x: Tensor) -> Tensor:
-        inside = self.embed(x)
-        out: Tensor = self.head((inside + self.attention((inside, x))).mean(1))
-        return out
+def split_input() -> nn.Module:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        inside = net.embed(x)
+        return net.head((inside + net.attention(inside, x)).mean(1))
+
+    attention = SplitInput(lambda net, x: attended(*heads_of(net, x)))
+    return Net(forward, embed=nn.Linear(8, 8), attention=attention, head=nn.Linear(8, 3))
 
 
 def test_heads_whose_number_also_divides_what_is_no_neuron_stay() -> None:
-    model, inputs = Case(SplitInput, lambda n: torch.randn(n, 10, 8, dtype=torch.float64)).build()
+    model, inputs = Case(split_input, lambda n: torch.randn(n, 10, 8, dtype=torch.float64)).build()
     pruner = pruned(model, inputs, target=0.1)
     assert pruner.widths["attention.qkv"] == 36
     assert "attention.qkv" in pruner.frozen
