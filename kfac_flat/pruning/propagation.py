@@ -6,6 +6,7 @@ import operator
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from kfac_flat.nested import map_tensors, tensors
@@ -51,6 +52,7 @@ class Propagation(DryRun):
     ) -> None:
         super().__init__(bare, program)
         self.numbers: dict[Place, Any] = {}
+        self._bare = bare
         self._table, self._stuck, self._whole_rows, self._expected = table, stuck, whole_rows, expected
         self._places = {n: (program.training, i) for i, n in enumerate(program.graph.nodes)}
         self._ids: dict[fx.Node, Any] = {}
@@ -75,15 +77,19 @@ class Propagation(DryRun):
     def _follow(self, n: fx.Node, result: Any) -> Any:
         """Return the ids of the operation's result."""
         args, kwargs = (fx.node.map_arg(a, lambda node: self._ids[node]) for a in (n.args, n.kwargs))
-        stuck = self._stuck.get(self._places[n])
+        stuck = self._why_stuck(n)
         if stuck is not None:
             for ids in self._sources(n):
                 self._table.freeze(ids, stuck)
+            for value, attributes in self._literals(n).items():
+                for attribute in attributes:
+                    self._table.sized(attribute, fixed(torch.Size([value])))
         if n.op == "output":
             self._freeze(args, OUTPUT_REASON)
             return None
         if n.op == "get_attr" and n.users:
             self._table.used_elsewhere(str(n.target))
+            self._compare_constant(n)
         if n.op in ("placeholder", "get_attr") or not _any_tensor((args, kwargs)):
             return map_tensors(lambda t: fixed(t.shape), result)
         if not _any_tensor(result):
@@ -93,6 +99,11 @@ class Propagation(DryRun):
         except rules.NoRuleError as error:
             self._freeze((args, kwargs), f"{self._describe(n)} {error}")
             return map_tensors(lambda t: fixed(t.shape), result)
+
+    def _why_stuck(self, n: fx.Node) -> str | None:
+        """Return why an operation has been found to be stuck, or a tensor made by the model's code that it reads."""
+        places = [self._places[m] for m in (n, *n.all_input_nodes) if m is n or m.op == "get_attr"]
+        return next((self._stuck[place] for place in places if place in self._stuck), None)
 
     def _apply_rule(self, n: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
         target: Any = n.target
@@ -106,7 +117,10 @@ class Propagation(DryRun):
             self._compare_numbers(n, args, kwargs)
         if rule is None:
             raise rules.NoRuleError("has no rule")
-        return rule(self._operation(n, target, args, kwargs, result))
+        operation = self._operation(n, target, args, kwargs, result)
+        if n.target in rules.SIZED:
+            self._compare_sizes(n, operation.followed)
+        return rule(operation)
 
     def _operation(self, n: fx.Node, target: Any, args: Any, kwargs: Any, result: Any) -> rules.Operation:
         """Put together what rules are told of a call."""
@@ -121,11 +135,14 @@ class Propagation(DryRun):
             place=place,
             unused=_unused(n, len(result)) if isinstance(result, tuple) else frozenset(),
             whole_rows=place in self._whole_rows,
-            literals={} if self._expected is not None or n.target not in rules.SIZED else self._literals(n),
+            literals=self._literals(n),
+            followed={},
         )
 
     def _literals(self, n: fx.Node) -> dict[int, list[str]]:
-        """Whole numbers written into a call, and the attributes of the calling module that have the same value."""
+        """Whole sizes written into a dense model's call, and the calling module's attributes of the same value."""
+        if self._expected is not None or n.target not in rules.SIZED:
+            return {}
         owner = next(reversed([path for path, _ in n.meta.get("nn_module_stack", {}).values()]), "")
         held = vars(self.module.get_submodule(owner)) if isinstance(self.module, nn.Module) else {}
         named: dict[int, list[str]] = {value: [] for value in _whole_numbers((n.args, n.kwargs))}
@@ -140,6 +157,26 @@ class Propagation(DryRun):
         self.numbers[place] = map_tensors(lambda t: None, (tuple(args), dict(kwargs)))
         if self._expected is not None and self._expected.get(place) != self.numbers[place]:
             raise CutError("computes with a number that depends on the number of neurons")
+
+    def _compare_sizes(self, n: fx.Node, followed: dict[int, str]) -> None:
+        """A size that is written into a call is what it was, or the number of neurons that it has been found to be."""
+        written = fx.node.map_arg((n.args, n.kwargs), lambda node: None)
+        self.numbers[self._places[n]] = written, followed  # the latter is still to be filled
+        if self._expected is None:
+            return
+        before, followed = self._expected[self._places[n]]
+        now = {size: layers.channel_counts(layers.part(self._bare, name))[1] for size, name in followed.items()}
+        if written != fx.node.map_aggregate(before, lambda a: now.get(a, a) if type(a) is int else a):
+            raise CutError("is called with a size that depends on the number of neurons, or should and does not")
+
+    def _compare_constant(self, n: fx.Node) -> None:
+        """A tensor that the model's code makes of plain numbers must not depend on how many neurons there are."""
+        constant = self._program.values.get(str(n.target))
+        if constant is None:
+            return
+        self.numbers[self._places[n]] = constant
+        if self._expected is not None and not _equal(self._expected[self._places[n]], constant):
+            raise CutError("is made of numbers that depend on the number of neurons")
 
     def _notice_changed_shapes(self, n: fx.Node) -> None:
         """What an operation has reshaped in place is followed no further."""
@@ -170,6 +207,11 @@ class Propagation(DryRun):
 
 def _any_tensor(value: Any) -> bool:
     return next(tensors(value), None) is not None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors are the same, as far as they have data."""
+    return (a.shape, a.dtype) == (b.shape, b.dtype) and (b.is_meta or torch.equal(a, b))
 
 
 def _unused(n: fx.Node, count: int) -> frozenset[int]:

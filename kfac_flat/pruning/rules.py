@@ -75,6 +75,7 @@ class Operation:
         whole_rows: Whether rows that it deals neurons out to (attention heads) are to go as a whole.
         literals: Whole numbers written into the call rather than computed from shapes, each with the attributes of the
             calling module that it may have been taken from.
+        followed: Where the rule notes which of them it has found to be numbers of neurons, and of what attribute.
     """
 
     table: Table
@@ -87,6 +88,7 @@ class Operation:
     unused: frozenset[int]
     whole_rows: bool
     literals: Mapping[int, Sequence[str]]
+    followed: dict[int, str]
 
     @property
     def subject(self) -> Tensor:
@@ -162,6 +164,8 @@ def _pointwise(op: Operation) -> Tensor:
     if full is None:
         raise NoRuleError("broadcasts every operand")
     varying = set(varying_dims(full))
+    if not varying and all(not varying_dims(ids) for ids in operands):
+        return _one_neuron(op, operands)
     for ids in operands:
         sizes = (1,) * (full.dim() - ids.dim()) + tuple(ids.shape)
         if varying & {d for d, size in enumerate(sizes) if size < full.shape[d]}:
@@ -284,6 +288,7 @@ def _follow_size(op: Operation, size: int, ids: Tensor, dim: int) -> None:
         held = f" and {len(attributes)} attributes of its module have that value" if attributes else ""
         raise NoRuleError(f"has a size that depends on the neurons, {size}, written into it{held}")
     op.table.sized(attributes[0], sized)
+    op.followed[size] = attributes[0]
 
 
 def _in_order(places: Tensor, count: int) -> bool:
@@ -341,11 +346,15 @@ def _contraction(op: Operation, operands: Sequence[Tensor], axes: Sequence[str],
 
 
 def _one_neuron(op: Operation, operands: Sequence[Tensor]) -> Tensor:
-    """A product of tensors each of which is one neuron (the last head that is left), or none, throughout."""
-    neurons = [ids for ids in operands if int(ids.flatten()[0]) != FIXED]
-    for ids in neurons[1:]:
-        op.table.tie(neurons[0].flatten()[:1], ids.flatten()[:1])
-    return (neurons or operands)[0].flatten()[0].expand(op.result.shape)
+    """Tensors each of which is one neuron (the last head or channel that is left), or none, throughout.
+
+    What is no neuron has been spread over all of them while there were several.
+    """
+    each = [ids[(0,) * ids.dim()] for ids in operands if ids.numel()]
+    neurons = [i for i in each if int(i) != FIXED]
+    for i in neurons[1:]:
+        op.table.tie(neurons[0], i)
+    return neurons[0].expand(op.result.shape) if neurons else fixed(op.result.shape)
 
 
 _BATCH_AXES = "abcdefgh"
@@ -417,6 +426,7 @@ def _layer_norm(op: Operation) -> Tensor:
     """Statistics over the last axes, which would be others without some of the neurons that lie there."""
     ids, module = op.subject, op.target
     if any(d >= ids.dim() - len(module.normalized_shape) for d in varying_dims(ids)):
+        op.table.contracted(ids)
         raise NoRuleError("takes its statistics over all neurons")
     return ids
 

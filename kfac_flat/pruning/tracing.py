@@ -88,12 +88,14 @@ class Program:
         graph: Its operations.
         training: Train or eval mode.
         constants: Tensors made while tracing, which every copy of the model needs as attributes.
+        values: Those tensors as the model's code made them, with data.
         opaque: Submodules that cannot be traced, with data, by name: only running them tells the shape of their output.
     """
 
     graph: fx.Graph
     training: bool
     constants: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
     opaque: dict[str, nn.Module] = field(default_factory=dict)
 
     @classmethod
@@ -108,11 +110,13 @@ class Program:
         tracer = _Tracer(is_known, opaque)
         before = set(vars(bare))
         try:
-            graph = tracer.trace(bare.train(training))
+            with torch.random.fork_rng(devices=[]):  # noise is no neuron's: it is to be the same in every trace
+                torch.default_generator.manual_seed(0)
+                graph = tracer.trace(bare.train(training))
         except _TRACE_ERRORS as error:
             raise UntraceableError(tracer.failed, str(error)) from error
         made = {name: vars(bare).pop(name) for name in set(vars(bare)) - before}
-        return cls(graph, training, {name: without_data(value) for name, value in made.items()})
+        return cls(graph, training, {name: without_data(value) for name, value in made.items()}, made)
 
     def same_as(self, other: Program, keeps_shape: Callable[[Any], bool]) -> bool:
         """Tell whether both modes do the same, as far as neurons are concerned.
