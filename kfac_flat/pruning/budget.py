@@ -149,7 +149,5 @@ class Options:
         }
 
     def __str__(self) -> str:
-        return (
-            f"min_neurons={self.min_neurons}, max_share={self.max_share}, max_step={self.max_step}, "
-            f"round_to={self.round_to}"
-        )
+        floors = f"min_neurons={self.min_neurons}, max_share={self.max_share}, max_step={self.max_step}"
+        return floors if self.round_to == 1 else f"{floors}, round_to={self.round_to}"

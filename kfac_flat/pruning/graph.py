@@ -142,7 +142,12 @@ class NeuronGraph:
         for name, module in model.named_modules():
             held = any(p is not None and p.dim() > 1 for p in module._parameters.values())
             computed = isinstance(getattr(module, "parametrizations", None), nn.ModuleDict)
-            if name not in self.channels and ".parametrizations." not in name and (held or computed):
+            if name in self.channels or ".parametrizations." in name:
+                continue
+            if held and not name:  # the model itself has no name to go by
+                own = (p for p, _ in module.named_parameters(recurse=False))
+                self.frozen |= dict.fromkeys(own, "is a parameter of the model itself, which stays whole")
+            elif held or computed:
                 self.frozen.setdefault(name, f"{type(module).__name__} has no rule, or is not called as a module")
 
     def measure(self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor) -> Size:

@@ -66,7 +66,9 @@ class Propagation(DryRun):
         try:
             result = super().run_node(n)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-            raise FailedAtError(self._places[n], f"{self._describe(n)} fails: {error}") from error
+            cut = self._expected is not None and n.target in rules.SIZED
+            advice = "; a size worked out from another layer's width cannot follow a cut, -1 can" if cut else ""
+            raise FailedAtError(self._places[n], f"{self._describe(n)} fails: {error}{advice}") from error
         try:
             self._ids[n] = self._follow(n, result)
         except CutError as error:

@@ -120,23 +120,34 @@ class PruneReport:
                 than 12 characters.
 
         Returns:
-            Lines without a trailing newline; numbers in brackets refer to the reasons at the end.
+            Lines without a trailing newline; numbers in brackets refer to the reasons at the end, where frozen
+            parts that have no width of their own, such as an LSTM, are named as well.
         """
-        marks = {reason: f"[{i}]" for i, reason in enumerate(dict.fromkeys(self.frozen.values()), 1)}
+        given = dict.fromkeys(self.frozen[name] for name in self.widths_before if name in self.frozen)
+        marks = {reason: f"[{i}]" for i, reason in enumerate(given, 1)}
         layers = [("layer", "before", "after", "removed", "share", "")]
         for name, before in self.widths_before.items():
             after = self.widths_after[name]
             lost = (f"{before - after:,}", f"{(before - after) / before:.1%}") if after < before else ("-", "-")
             layers.append((name, f"{before:,}", f"{after:,}", *lost, marks.get(self.frozen.get(name, ""), "")))
         sizes = [(what, f"{before:,}", "->", f"{after:,}", fewer(before, after)) for what, before, after in self._sizes]
+        notes = {mark: reason for reason, mark in marks.items()} | self._frozen_without_width()
         reasons = [
-            textwrap.fill(f"{mark} frozen: {reason}", width, subsequent_indent=" " * (len(mark) + 1))
-            for reason, mark in marks.items()
+            textwrap.fill(f"{what} frozen: {reason}", width, subsequent_indent=" " * 4)
+            for what, reason in notes.items()
         ]
         head = "\n".join(filter(None, [self._head, textwrap.fill(self.reason, width)]))
         return "\n\n".join(
             filter(None, [head, *("\n".join(aligned(rows, width)) for rows in (layers, sizes)), "\n".join(reasons)])
         )
+
+    def _frozen_without_width(self) -> dict[str, str]:
+        """Tell why parts that are no layers with a width, such as an LSTM, are frozen, by the names of those alike."""
+        names: dict[str, list[str]] = {}
+        for name, reason in self.frozen.items():
+            if name not in self.widths_before:
+                names.setdefault(reason, []).append(name)
+        return {", ".join(alike): reason for reason, alike in names.items()}
 
     def scalars(self) -> dict[str, float]:
         """Return what a logger draws over the epochs: sparsity, sizes and widths as they are afterwards.
@@ -178,5 +189,5 @@ class PruneReport:
             Path(path),
             title="\n".join([self._head, *sizes]),
             rest="removed",
-            whole=[name for name in self.frozen if self.widths_after[name] == self.widths_before[name]],
+            whole=[n for n, width in self.widths_after.items() if n in self.frozen and width == self.widths_before[n]],
         )

@@ -286,7 +286,10 @@ def _follow_size(op: Operation, size: int, ids: Tensor, dim: int) -> None:
     attributes, sized = op.literals[size], read_along(ids, dim)
     if len(attributes) != 1 or sized is None:
         held = f" and {len(attributes)} attributes of its module have that value" if attributes else ""
-        raise NoRuleError(f"has a size that depends on the neurons, {size}, written into it{held}")
+        raise NoRuleError(
+            f"has a size that depends on the neurons, {size}, written into it{held}: -1, or chunk() for split(), "
+            "can follow"
+        )
     op.table.sized(attributes[0], sized)
     op.followed[size] = attributes[0]
 

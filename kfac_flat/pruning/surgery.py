@@ -304,7 +304,8 @@ class Surgery:
                 return {d: index for d, index in selection.items() if sizes[d][0] == sizes[d][1]}
         raise CutError(
             f"the optimizer keeps {key!r} for {self.names.get(p, 'a parameter')} in a form that cannot be cut along; "
-            "choose an optimizer whose state has the parameters' shapes, or ignore the layer"
+            "choose an optimizer whose state has the parameters' shapes, or ignore the layer; "
+            "to resume a run, load the pruner's state before the optimizer's"
         )
 
 

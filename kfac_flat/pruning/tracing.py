@@ -114,7 +114,10 @@ class Program:
                 torch.default_generator.manual_seed(0)
                 graph = tracer.trace(bare.train(training))
         except _TRACE_ERRORS as error:
-            raise UntraceableError(tracer.failed, str(error)) from error
+            try:  # a buffer cut to a size of the input, such as mask[:T, :T], is followed only as an operation
+                graph = _Tracer(is_known, opaque, buffers=True).trace(bare)
+            except _TRACE_ERRORS:  # what went wrong at first says more
+                raise UntraceableError(tracer.failed, str(error)) from error
         made = {name: vars(bare).pop(name) for name in set(vars(bare)) - before}
         return cls(graph, training, {name: without_data(value) for name, value in made.items()}, made)
 
@@ -189,10 +192,17 @@ _TRACE_ERRORS = (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, Attri
 
 
 class _Tracer(fx.Tracer):
-    """Symbolic tracing that remembers the innermost submodule in which it failed."""
+    """Symbolic tracing that remembers the innermost submodule in which it failed.
 
-    def __init__(self, is_known: Callable[[nn.Module], bool], opaque: Collection[str]) -> None:
+    Args:
+        is_known: Tells modules that have a rule of their own and are not looked into.
+        opaque: Submodules that are not looked into either.
+        buffers: Trace what is done with buffers; otherwise they are tensors whose shape the code may ask for.
+    """
+
+    def __init__(self, is_known: Callable[[nn.Module], bool], opaque: Collection[str], buffers: bool = False) -> None:
         super().__init__()
+        self.proxy_buffer_attributes = buffers
         self._is_known = is_known
         self._opaque = opaque
         self.failed: str | None = None

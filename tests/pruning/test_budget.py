@@ -290,6 +290,7 @@ def test_a_target_out_of_reach_is_refused_in_the_budgets_own_numbers(
     }[budget]
     most, every = amount(before) - amount(after), amount(before)
     assert f"{most:,.9g} of the model's {every:,.9g} {budget} can be removed with min_neurons=3" in str(error.value)
+    assert "round_to" not in str(error.value), "nobody asked for it"
 
 
 def test_the_real_latency_of_a_small_model_goes_down_with_its_layers() -> None:

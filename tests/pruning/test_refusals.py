@@ -246,7 +246,7 @@ REFUSED: dict[str, tuple[Case, dict[str, str] | None]] = {
             lambda: Net(sized_by_another_layer, a=conv(2, 8), b=conv(2, 8), c=nn.Linear(16, 20), head=nn.Linear(20, 3)),
             images,
         ),
-        {"a": "view() fails", "b": "view() fails"},
+        {"a": "view() fails", "b": "cannot follow a cut, -1 can"},
     ),
     "variance_pooled": (Case(convs(variance_pooled), images), None),
     "pooled_by_axis": (Case(convs(pooled_by_axis), images), None),
@@ -294,6 +294,19 @@ def test_a_view_whose_literal_equals_the_width_after_a_cut_is_no_error() -> None
     pruner = pruner_for(model, inputs, target=0.25)  # 48 -> 36
     prune_at_random(pruner, model)
     assert pruner.widths["a"] == 36
+    assert_exact(dense, model, pruner.state_dict(), inputs)
+
+
+def test_a_buffer_cut_to_the_length_of_the_input_keeps_no_neuron() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return net.head(F.relu(net.a(x) + net.steps[:, : x.shape[1]]).mean(1))
+
+    model = Net(forward, a=nn.Linear(4, 10), head=nn.Linear(10, 3)).double()
+    model.register_buffer("steps", torch.linspace(-1, 1, 9, dtype=torch.float64).view(1, 9, 1))
+    dense, inputs = copy.deepcopy(model), torch.randn(3, 5, 4, dtype=torch.float64)
+    pruner = pruner_for(model, inputs, target=0.5)
+    prune_at_random(pruner, model)
+    assert pruner.widths["a"] == 5
     assert_exact(dense, model, pruner.state_dict(), inputs)
 
 

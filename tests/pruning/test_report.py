@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from kfac_flat import NeuronPruner, PruneReport, Size
 from kfac_flat.pruning.text import shortened
 from tests.pruning.masking import layers_of, prune_at_random, pruner_for, widths_of
-from tests.pruning.nets import CASES
+from tests.pruning.nets import CASES, Net
 
 
 def pruned(name: str = "tokens") -> tuple[nn.Module, NeuronPruner, PruneReport]:
@@ -78,6 +78,23 @@ def test_the_table_gives_the_reason_of_each_frozen_layer() -> None:
         mark = re.search(rf"^{name} .*(\[\d\])$", report.table(), re.MULTILINE)[1]
         assert f"{mark} frozen: {reason}" in table
     assert len(re.findall(r"\] frozen:", table)) == len(set(report.frozen.values()))
+
+
+def test_frozen_parts_that_have_no_width_are_named_in_the_table_and_do_not_stop_the_picture(tmp_path: Path) -> None:
+    model = Net(
+        lambda self, x: self.head(self.hidden(self.lstm(self.embed(x))[0] + self.shift)),
+        embed=nn.Embedding(7, 4), lstm=nn.LSTM(4, 6), hidden=nn.Linear(6, 9), head=nn.Linear(9, 2),
+    )  # fmt: skip
+    model.shift = nn.Parameter(torch.ones(1, 6))
+    report = pruner_for(model, torch.zeros(3, 1, dtype=torch.long)).plan()
+    table = " ".join(report.table().split())
+    for name in ("embed", "lstm", "shift"):
+        assert name not in report.widths_before
+        assert f"{name} frozen: {report.frozen[name]}" in table
+    assert "[1] frozen: forms the model's output" in table
+    assert "[2]" not in table, "a number that stands at no layer says nothing"
+    assert "" not in report.frozen
+    assert report.plot(tmp_path / "widths.png").exists()
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])

@@ -499,7 +499,9 @@ def test_optimizer_state_of_another_shape_is_named_and_nothing_changes(odd: Any)
     p = model[7].weight
     optimizer.state[p]["odd"] = odd
     before = everything(model, optimizer, pruner)
-    with pytest.raises(CutError, match=r"keeps 'odd' for 7\.weight in a form that cannot be cut"):
+    with pytest.raises(
+        CutError, match=r"keeps 'odd' for 7\.weight in a form that cannot be cut.* load the pruner's state before"
+    ):
         pruner.step()
     assert_same(everything(model, optimizer, pruner), before)
     del optimizer.state[p]["odd"]
