@@ -254,7 +254,7 @@ class _Grouping(rules.Table):
         self.heads: set[Place] = set()
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
-        self.positions: dict[str, int] = {}
+        self.positions: dict[str, float] = {}
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         pairs = torch.unique(a.flatten() << 32 | b.flatten())  # each pair as one number: much faster than as columns
@@ -283,7 +283,7 @@ class _Grouping(rules.Table):
         else:
             self.freeze(torch.cat([known, ids]), f"{attribute} is the number of different neurons")
 
-    def layer(self, name: str, module: nn.Module, inputs: Tensor, positions: int) -> Tensor:
+    def layer(self, name: str, module: nn.Module, inputs: Tensor, positions: float) -> Tensor:
         self.positions[name] = self.positions.get(name, 0) + positions
         if name in self.inputs:  # called again: position i reads, and is, the same neuron both times
             self.tie(self.inputs[name], inputs)
@@ -386,7 +386,7 @@ class _Verification(rules.Table):
     def is_layer(self, name: str) -> bool:
         return name in self._channels
 
-    def layer(self, name: str, module: nn.Module, inputs: Tensor, positions: int) -> Tensor:
+    def layer(self, name: str, module: nn.Module, inputs: Tensor, positions: float) -> Tensor:
         if not torch.equal(self._channels[name].inputs, inputs):
             raise CutError("after a cut, it would read other neurons than it should")
         return self._channels[name].outputs

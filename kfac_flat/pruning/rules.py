@@ -37,7 +37,7 @@ class Table:
     def used_elsewhere(self, name: str) -> None:
         """State that a parameter or buffer is used by other code than its module's."""
 
-    def layer(self, name: str, module: nn.Module, inputs: Tensor, positions: int) -> Tensor:
+    def layer(self, name: str, module: nn.Module, inputs: Tensor, positions: float) -> Tensor:
         """Note what a layer reads, channel by channel, and at how many positions; return the ids of its outputs."""
         return inputs if layers.passes_channels(module) else fixed(torch.Size([layers.channel_counts(module)[1]]))
 
@@ -123,6 +123,8 @@ def run_layer(table: Table, name: str, module: nn.Module, x: Tensor, result: Ten
 def _attend(op: Operation) -> Any:
     """Torch's multi-head attention: heads go whole, in all three projections and the columns that read them."""
     module, (q, k, v) = op.target, _attended(*op.args, **op.kwargs)
+    if not layers.is_attention(module):
+        raise NoRuleError("has queries, keys and values of different widths, or keys and values of its own")
     if 1 not in op.unused:
         raise NoRuleError("returns attention weights that are used")
     lines = [line for line in (read_along(ids, ids.dim() - 1) for ids in (q, k, v)) if line is not None]
@@ -130,7 +132,7 @@ def _attend(op: Operation) -> Any:
         raise NoRuleError("reads different neurons at different positions")
     for line in lines[1:]:  # one matrix reads all three
         op.table.tie(lines[0], line)
-    applied = (q.numel() // q.shape[-1] + 2 * k.numel() // k.shape[-1]) // 3
+    applied = (q.numel() / q.shape[-1] + 2 * k.numel() / k.shape[-1]) / 3  # each matrix has its own length
     projected = op.table.layer(op.name, module, lines[0], applied)
     heads = projected[: len(projected) // 3]
     out = op.table.layer(f"{op.name}.out_proj", module.out_proj, heads, q.numel() // q.shape[-1])

@@ -357,6 +357,14 @@ def test_a_fixed_number_of_neurons_goes_each_time_as_often_as_it_takes() -> None
     assert pruner.step().reason.startswith("finished")
 
 
+def test_the_share_of_a_layer_that_goes_in_one_event_is_that_of_what_is_left() -> None:
+    model = mlp(4, 16, 3)
+    pruner = pruner_for(model, torch.zeros(1, 4), target=0.75, events=2, neurons_per_event=8, max_step=0.5)
+    for width in (8, 4):
+        prune_at_random(pruner, model)
+        assert pruner.widths["0"] == width
+
+
 def test_a_fixed_number_for_a_target_of_less_than_a_neuron_is_no_error() -> None:
     model = mlp(4, 10, 3)
     pruner = pruner_for(model, torch.zeros(1, 4), target=0.01, neurons_per_event=3)

@@ -60,13 +60,28 @@ def torch_attention() -> nn.Module:
     )  # fmt: skip
 
 
+def attention_to_fewer() -> nn.Module:
+    """Ten queries and four keys for each example."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = torch.relu(net.embed(x.transpose(1, 2)))
+        x = net.attention(x, x[:, :4], x[:, :4], need_weights=False)[0]
+        return net.head(torch.relu(net.hidden(x)).mean(1))
+
+    attention = nn.MultiheadAttention(12, 4, batch_first=True)
+    return Net(
+        forward, embed=nn.Linear(2, 12), attention=attention, hidden=nn.Linear(12, 9), head=nn.Linear(9, 3)
+    )  # fmt: skip
+
+
 NETS = CASES | {
     "depthwise_transposed": Case(depthwise_transposed, images),
     "called_at_two_sizes": Case(called_at_two_sizes, images),
     "torch_attention": Case(torch_attention, sequences),
+    "attention_to_fewer": Case(attention_to_fewer, sequences),
 }
 # What these multiply with each other is no layer's; losing it comes on top of what the layers save.
-ATTENTION = {"chunked_heads", "packed_heads", "heads_by_attributes", "torch_attention"}
+ATTENTION = {"chunked_heads", "packed_heads", "heads_by_attributes", "torch_attention", "attention_to_fewer"}
 
 
 def real_size(model: nn.Module, inputs: Any, examples: int) -> tuple[int, int]:

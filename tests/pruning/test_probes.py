@@ -544,6 +544,36 @@ def multihead_attention() -> None:
     whole_with_reason(pruner, embed="statistics", down="statistics")
 
 
+@probe
+def attention_between_different_layers() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        q, k, v = (F.relu(layer(tokens_of(x))) for layer in (net.q, net.k, net.v))
+        return net.head(F.relu(net.up(net.mha(q, k, v, need_weights=False)[0])).mean(1))
+
+    def make() -> nn.Module:
+        parts: dict[str, nn.Module] = {name: nn.Linear(2, 12) for name in "qkv"}
+        parts |= {"mha": nn.MultiheadAttention(12, 4, batch_first=True), "up": nn.Linear(12, 10)}
+        return Net(forward, **parts, head=nn.Linear(10, 3))
+
+    model, x = Case(make, images).build()
+    dense = copy.deepcopy(model)
+    pruner = pruner_for(model, x, ranking="layer")
+    prune_at_random(pruner, model)
+    kept = pruner.state_dict()["layers"]
+    assert len(kept["mha"]["in"]) < 12
+    assert all(torch.equal(kept[name]["out"], kept["mha"]["in"]) for name in "qkv")
+    columns = {
+        name: set(range(widths_of(m)[0])) - set(kept[name]["in"].tolist()) for name, m in layers_of(dense).items()
+    }
+    reference = masked(dense, columns)
+    with torch.no_grad():
+        gone = sorted(set(range(12)) - set(kept["mha"]["in"].tolist()))
+        reference.mha.in_proj_weight[:, gone] = 0
+    for training in (False, True):
+        assert_unlike(*(outputs_of(m.train(training), x) for m in (reference, dense, model)))
+    train_on(model, x)
+
+
 def grouped_queries(net: Any, x: Tensor) -> Tensor:
     n, t, _ = x.shape
     q = net.q(x).view(n, t, 4, 2).transpose(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from kfac_flat import NeuronPruner
-from tests.pruning.masking import assert_exact, layers_of, prune_at_random, pruner_for, random_gradients
+from tests.pruning.masking import assert_exact, layers_of, prune_at_random, pruner_for, random_gradients, widths_of
 from tests.pruning.nets import CASES, Case, Net, call, conv, images, vectors
 
 OUTPUT = "forms the model's output"
@@ -209,6 +210,44 @@ def sequences(n: int) -> Tensor:
     return torch.randn(n, 2, 10, dtype=torch.float64)
 
 
+def branching_on_width(net: Any, x: Tensor) -> Tensor:
+    x = net.a(x)
+    x = F.relu(x) if net.a.out_channels == 8 else torch.tanh(x)
+    return net.head(F.relu(net.b(x)).mean((2, 3)))
+
+
+def tied_to_its_transpose() -> nn.Module:
+    """An autoencoder whose decoder is the encoder's transpose."""
+    up = nn.ConvTranspose2d(8, 6, 3, padding=1)
+    net = nn.Sequential(
+        conv(2, 6), nn.ReLU(), conv(6, 8), nn.ReLU(), up, nn.ReLU(), conv(6, 24), nn.ReLU(), conv(24, 2)
+    )
+    net[4].weight = net[2].weight
+    return net
+
+
+def tokens(n: int) -> Tensor:
+    return torch.randn(n, 5, 6, dtype=torch.float64)
+
+
+def attended(weigh: bool = False, **options: Any) -> Case:
+    """Attention between a layer and one that can lose neurons; its weights may be used as well."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        y = F.relu(net.a(x))
+        memory = x if "kdim" in options else y
+        x, weights = net.attention(y, memory, memory)
+        x = net.head(F.relu(net.b(x)).mean(1))
+        return x + weights.amax((1, 2)).unsqueeze(1) if weigh else x
+
+    attention = functools.partial(nn.MultiheadAttention, 8, 2, batch_first=True)
+    layers = {"a": nn.Linear(6, 8), "b": nn.Linear(8, 24), "head": nn.Linear(24, 3)}
+    return Case(lambda: Net(forward, **copy.deepcopy(layers), attention=attention(**options)), tokens)
+
+
+INSIDE = {"attention.out_proj": "is not called by itself"}
+OTHER = "has queries, keys and values of different widths, or keys and values of its own"
+
 # For each: the network, and for each layer that cannot be cut words of the reason. None: exact or frozen, both right.
 REFUSED: dict[str, tuple[Case, dict[str, str] | None]] = {
     "channel_shuffle": (Case(convs(channel_shuffle), images), None),
@@ -251,6 +290,15 @@ REFUSED: dict[str, tuple[Case, dict[str, str] | None]] = {
     "variance_pooled": (Case(convs(variance_pooled), images), None),
     "pooled_by_axis": (Case(convs(pooled_by_axis), images), None),
     "reshaped_in_place": (Case(linears(reshaped_in_place), vectors), None),
+    "branching_on_width": (Case(convs(branching_on_width), images), {"a": "is reached or not depending on the number"}),
+    "tied_to_its_transpose": (
+        Case(tied_to_its_transpose, images),
+        {"2": "4 and 2 share a parameter", "4": "4 and 2 share a parameter"},
+    ),
+    "attention_weights": (attended(weigh=True), {"a": "returns attention weights that are used"} | INSIDE),
+    "attention_to_a_bias": (attended(add_bias_kv=True), {"a": OTHER} | INSIDE),
+    "attention_to_zero": (attended(add_zero_attn=True), {"a": OTHER} | INSIDE),
+    "attention_to_another_width": (attended(kdim=6, vdim=6), {"a": OTHER} | INSIDE),
 }
 
 
@@ -267,7 +315,7 @@ def test_what_cannot_be_followed_is_frozen_and_what_is_cut_is_exact(name: str, s
         prune_at_random(pruner, model, seed=10 * seed + event)
         assert_exact(dense, model, pruner.state_dict(), inputs)
     for layer in expected or {}:
-        assert pruner.widths[layer] == len(layers_of(dense)[layer].weight)
+        assert pruner.widths[layer] == widths_of(layers_of(dense)[layer])[1]
     train_on(model, inputs)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from kfac_flat import CutError, FlatKFAC, NeuronPruner, shrink
+from kfac_flat.pruning.layers import channel_counts
 from tests.pruning.masking import LAYERS, prune_at_random, pruner_for
 from tests.pruning.nets import CASES
 
@@ -247,3 +248,30 @@ def test_shrink_refuses_what_is_no_manifest() -> None:
     model, _ = CASES["mlp"].build()
     with pytest.raises(CutError, match="layers"):
         shrink(model, model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("module", "side", "positions", "message"),
+    [
+        (nn.Linear(3, 4), "out", [1, 0], "no ascending int64 positions"),
+        (nn.Linear(3, 4), "in", [1, 1], "no ascending int64 positions"),
+        (nn.Linear(3, 4), "in", [-1, 0], "no ascending int64 positions"),
+        (nn.Linear(3, 4), "out", [0.0, 1.0], "no ascending int64 positions"),
+        (nn.Linear(3, 4), "out", [0, 4], "has 4 output channels, fewer than the manifest keeps"),
+        (nn.Conv2d(4, 6, 1, groups=2), "out", [0, 1, 3], "would have outputs of unequal number"),
+        (nn.Conv2d(4, 6, 1, groups=2), "in", [0, 3], "would lose different input channels"),
+        (nn.GroupNorm(2, 4), "out", [0, 1, 2], "would be cut in part"),
+        (nn.MultiheadAttention(4, 2), "out", [0, 4, 8], "would be cut in part"),
+        (nn.MultiheadAttention(4, 2), "out", [0, 1, 6, 7, 8, 9], "would lose different heads"),
+    ],
+)
+def test_shrink_refuses_positions_that_no_cut_leaves_and_nothing_changes(
+    module: nn.Module, side: str, positions: list[float], message: str
+) -> None:
+    model = nn.Sequential(module)
+    before, shape = copy.deepcopy(model.state_dict()), repr(model)
+    kept = {key: torch.arange(n) for key, n in zip(("in", "out"), channel_counts(module), strict=True)}
+    with pytest.raises(CutError, match=message):
+        shrink(model, {"layers": {"0": kept | {side: torch.tensor(positions)}}})
+    assert repr(model) == shape
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
