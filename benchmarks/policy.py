@@ -87,7 +87,7 @@ class Policy:
         """Read a policy such as ``FlatKFAC+pace=cubic``.
 
         Raises:
-            ValueError: if there is no such option, or NeuronPruner does not accept its value.
+            ValueError: if there is no such option, or its value cannot be read.
         """
         parts = [] if name == PLAIN else name.split("+")
         options = {}
@@ -97,8 +97,6 @@ class Policy:
                 options[option] = READ[option](value)
             elif part != FLAT:
                 raise ValueError(f"{part} is neither {FLAT} nor one of {', '.join(READ)} with a value")
-        model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
-        NeuronPruner(model, SGD(model.parameters()), torch.ones(1, 2), target=0.5, **options)
         return cls(name, FLAT in parts, options)
 
     @property
@@ -383,10 +381,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _policy(text: str) -> str:
+    model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 2))
     try:
-        return Policy.read(text).name
+        NeuronPruner(model, SGD(model.parameters()), torch.ones(1, 2), target=0.5, **Policy.read(text).options)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def _level(text: str) -> float:
