@@ -1,1 +1,1 @@
-"""Measurements of speed, each a command: ``python -m benchmarks.pruner_speed --help``."""
+"""Measurements, each a command: ``python -m benchmarks.pruner_speed --help``."""

@@ -1,18 +1,18 @@
-"""torchvision's models, also beside a torch for which its compiled operators were not built."""
+"""torchvision's models and data sets, also beside a torch for which its compiled operators were not built."""
 
 from __future__ import annotations
 
 from torch import library
 
 try:
-    from torchvision import models
+    from torchvision import datasets, models
 except RuntimeError as error:
     if "torchvision::nms" not in str(error):
         raise
-    # The models need none of the compiled operators, only that these have been declared.
+    # These need none of the compiled operators, only that these have been declared.
     LIBRARY = library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         LIBRARY.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    from torchvision import models
+    from torchvision import datasets, models
 
-__all__ = ["models"]
+__all__ = ["datasets", "models"]
