@@ -6,9 +6,10 @@ start from the same weights, see the same batches and make their last removal at
 ``cifar``, a residual network of four blocks on 10,000 training and 2,000 test images of CIFAR-10 at 16 x 16 pixels,
 each epoch over a quarter of them.
 
-A policy is written as what differs from the defaults: ``default``, ``pace=cubic``, ``normalize=l2+per=mac``. With
-``FlatKFAC`` among its parts, the optimizer has that penalty at its default weight. ``events=10`` makes the removals
-smaller and more frequent over the same epochs. Level 0 is the dense network.
+A policy is written as what differs from the plain one, which takes five equal steps, lets all layers compete and counts
+scores per neuron: ``plain``, ``pace=cubic``, ``normalize=l2+per=mac``. With ``FlatKFAC`` among its parts, the optimizer
+has that penalty at its default weight. ``events=10`` makes the removals smaller and more frequent over the same epochs.
+Level 0 is the dense network.
 
 Each run adds a line to ``runs.jsonl``; runs that are there already are not repeated, so the command can be stopped and
 given again. Run it with ``python -m benchmarks.policy`` (``pip install -e ".[benchmark,examples]"``); ``--help`` tells
@@ -53,7 +54,7 @@ Record = dict[str, Any]
 
 # ---------------------------------------------------------------- policies
 
-PLAIN, FLAT = "default", "FlatKFAC"
+PLAIN, FLAT = "plain", "FlatKFAC"
 READ: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("pace", "ranking", "normalize", "per"), str),
     "events": int,
@@ -71,12 +72,15 @@ POLICIES = (
     "per=parameter",
     "ranking=layer",
     "max_share=0.95",
+    "pace=cubic+events=10",
+    "pace=cubic+ranking=layer",
+    "pace=cubic+events=10+ranking=layer",
 )
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What differs from the defaults; ``flat`` says whether the optimizer is FlatKFAC."""
+    """What differs from the plain policy; ``flat`` says whether the optimizer is FlatKFAC."""
 
     name: str
     flat: bool
@@ -90,7 +94,7 @@ class Policy:
             ValueError: if there is no such option, or its value cannot be read.
         """
         parts = [] if name == PLAIN else name.split("+")
-        options = {}
+        options: dict[str, Any] = {"pace": "linear"}
         for part in parts:
             option, _, value = part.partition("=")
             if option in READ:
@@ -101,7 +105,7 @@ class Policy:
 
     @property
     def reference(self) -> str:
-        """The policy that it is compared with: the defaults under the same optimizer."""
+        """The policy that it is compared with: the plain one under the same optimizer."""
         return FLAT if self.flat else PLAIN
 
     def schedule(self, epochs: int, last: int) -> dict[str, int]:
@@ -300,7 +304,7 @@ def tables(records: Sequence[Record]) -> Iterator[Table]:
         removed = f"{level:.0%} of the neurons removed" if level else "dense"
         table = Table(box=SIMPLE_HEAD, title=f"{name}, {removed}, {epochs} epochs", title_justify="left")
         table.add_column("policy", no_wrap=True)
-        for heading in ("accuracy %", "minus default", "std. errors", "seeds", "neurons", "parameters", "MACs"):
+        for heading in ("accuracy %", "minus plain", "std. errors", "seeds", "neurons", "parameters", "MACs"):
             table.add_column(heading, justify="right", no_wrap=True)
         for policy in dict.fromkeys(r["policy"] for r in own):
             table.add_row(*row(own, policy))
@@ -332,8 +336,8 @@ def report(options: argparse.Namespace, console: Console) -> None:
 
 def notes(records: Sequence[Record]) -> Iterator[str]:
     """Say how the numbers are to be read, and how they were made."""
-    yield "accuracy after the last epoch, mean ± standard deviation over seeds; minus default: paired by seed, against"
-    yield "the defaults under the same optimizer; std. errors: that difference over its standard error"
+    yield "accuracy after the last epoch, mean ± standard deviation over seeds; minus plain: paired by seed, against"
+    yield "the plain policy under the same optimizer; std. errors: that difference over its standard error"
     for what in ("command", "revision", "versions", "hardware", "threads"):
         values = dict.fromkeys(_plain(r[what]) for r in records)
         yield f"{what}: {'; '.join(values)}"

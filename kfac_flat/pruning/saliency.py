@@ -115,4 +115,7 @@ class Saliency:
 
 def _slots(ids: Tensor, channels: Tensor) -> Tensor:
     """Place of each channel's group among ``ids``, one past the end where it is not among them."""
-    return torch.where(torch.isin(channels, ids), torch.searchsorted(ids, channels), len(ids))
+    if not len(ids):
+        return torch.zeros_like(channels)
+    places = torch.searchsorted(ids, channels).clamp(max=len(ids) - 1)
+    return torch.where(ids[places] == channels, places, len(ids))

@@ -29,12 +29,12 @@ def command(folder: Path, *arguments: Any) -> list[dict[str, Any]]:
 
 
 def test_runs_are_written_down_with_their_circumstances_and_not_repeated(tmp_path: Path, capsys: Any) -> None:
-    (first,) = command(tmp_path, "--policies", "default")
+    (first,) = command(tmp_path, "--policies", "plain")
     assert first["neurons"] == pytest.approx(DENSE / 4, abs=2)
     assert first["parameters"] < 77_290 / 4
     assert first["macs"] < 2_116_224 / 4
     assert 5 < first["accuracy"] <= 100
-    assert policy.identity(first) == ("digits", "default", 0.75, 0, 2)
+    assert policy.identity(first) == ("digits", "plain", 0.75, 0, 2)
     assert first["versions"]["torch"] == torch.__version__
     assert first["threads"] == 1
     assert first["hardware"]
@@ -42,7 +42,7 @@ def test_runs_are_written_down_with_their_circumstances_and_not_repeated(tmp_pat
     assert first["seconds"] > 0
     assert "--epochs 2" in first["command"]
 
-    again, layer = command(tmp_path, "--policies", "default", "ranking=layer")
+    again, layer = command(tmp_path, "--policies", "plain", "ranking=layer")
     assert again == first
     assert layer["policy"] == "ranking=layer"
     assert layer["neurons"] == pytest.approx(DENSE / 4, abs=3)
@@ -53,13 +53,13 @@ def test_runs_are_written_down_with_their_circumstances_and_not_repeated(tmp_pat
 
 
 def test_the_dense_network_keeps_all_its_neurons(tmp_path: Path) -> None:
-    (dense,) = command(tmp_path, "--levels", "0", "--policies", "default", "pace=cubic")
+    (dense,) = command(tmp_path, "--levels", "0", "--policies", "plain", "pace=cubic")
     assert (dense["neurons"], dense["parameters"], dense["macs"]) == (DENSE, 77_290, 2_116_224)
 
 
 def test_differences_are_taken_seed_by_seed_against_the_same_optimizer(tmp_path: Path, capsys: Any) -> None:
     accuracies = {
-        "default": (90.0, 80.0, 70.0),
+        "plain": (90.0, 80.0, 70.0),
         "pace=cubic": (91.0, 83.0),  # +1 and +3: mean 2, deviation 1.41 of each, 1 of their mean
         "FlatKFAC": (50.0, 60.0),
         "FlatKFAC+pace=cubic": (52.0, 61.0),  # +2 and +1: mean 1.5, deviation 0.71 of each, 0.5 of their mean
@@ -74,12 +74,12 @@ def test_differences_are_taken_seed_by_seed_against_the_same_optimizer(tmp_path:
     (tmp_path / "runs.jsonl").write_text("\n".join(lines) + "\n")
     policy.main(["--report", "--out", str(tmp_path)])
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.split()}
-    assert rows["default"] == ["80.00", "±", "10.00", "3", "1", "2", "3"]
+    assert rows["plain"] == ["80.00", "±", "10.00", "3", "1", "2", "3"]
     assert rows["pace=cubic"] == ["87.00", "±", "5.66", "+2.00", "±", "1.41", "+2.0", "2", "1", "2", "3"]
     assert rows["FlatKFAC+pace=cubic"] == ["56.50", "±", "6.36", "+1.50", "±", "0.71", "+3.0", "2", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("name", ["default", "events=10", "pace=cubic+events=2"])
+@pytest.mark.parametrize("name", ["plain", "events=10", "pace=cubic+events=2"])
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_all_policies_remove_last_at_the_end_of_the_same_epoch(task: policy.Task, name: str) -> None:
     schedule = Policy.read(name).schedule(task.epochs, task.last)
@@ -90,12 +90,12 @@ def test_all_policies_remove_last_at_the_end_of_the_same_epoch(task: policy.Task
 
 def test_a_policy_says_what_differs_and_what_it_is_compared_with() -> None:
     read = Policy.read("FlatKFAC+max_share=0.95+normalize=l2+events=10")
-    assert read.options == {"max_share": 0.95, "normalize": "l2", "events": 10}
+    assert read.options == {"pace": "linear", "max_share": 0.95, "normalize": "l2", "events": 10}
     assert read.flat
     assert read.reference == "FlatKFAC"
-    assert Policy.read("default") == Policy("default", False, {})
-    assert Policy.read("per=mac").reference == "default"
-    assert all(len(Policy.read(name).options) == (name != "default") for name in policy.POLICIES)
+    assert Policy.read("plain") == Policy("plain", False, {"pace": "linear"})
+    assert Policy.read("per=mac").reference == "plain"
+    assert all(len(Policy.read(name).options) <= len(name.split("+")) + 1 for name in policy.POLICIES)
 
 
 class Watched(Images):
@@ -124,9 +124,9 @@ def train(monkeypatch: pytest.MonkeyPatch, name: str, seed: int) -> tuple[Any, d
 
 
 def test_a_policy_reaches_pruner_and_optimizer_and_leaves_the_batches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, options, seen = train(monkeypatch, "default", seed=0)
+    plain, options, seen = train(monkeypatch, "plain", seed=0)
     flat, others, again = train(monkeypatch, "FlatKFAC+normalize=max+ranking=layer", seed=0)
-    _, _, different = train(monkeypatch, "default", seed=1)
+    _, _, different = train(monkeypatch, "plain", seed=1)
     assert others == options | {"normalize": "max", "ranking": "layer"}
     assert isinstance(flat, FlatKFAC)
     assert isinstance(plain, torch.optim.SGD)
@@ -156,7 +156,7 @@ def test_cifar_is_made_smaller_by_averaging(cifar: np.ndarray, tmp_path: Path) -
 @pytest.mark.usefixtures("cifar")
 def test_the_network_for_cifar_loses_as_many_neurons_as_asked(tmp_path: Path) -> None:
     folders = ["--data-root", str(tmp_path), "--out", str(tmp_path)]
-    policy.main(["--tasks", "cifar", *folders, "--epochs=2", "--seeds=0", "--levels", "0", "0.5", "--policies=default"])
+    policy.main(["--tasks", "cifar", *folders, "--epochs=2", "--seeds=0", "--levels", "0", "0.5", "--policies=plain"])
     dense, pruned = (json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines())
     assert dense["neurons"] == 16 + 2 * 2 * 16 + 3 * 32 + 3 * 64
     assert pruned["neurons"] == pytest.approx(dense["neurons"] / 2, abs=3)
