@@ -109,15 +109,17 @@ class Program:
         """
         tracer = _Tracer(is_known, opaque)
         before = set(vars(bare))
-        try:
-            with torch.random.fork_rng(devices=[]):  # noise is no neuron's: it is to be the same in every trace
-                torch.default_generator.manual_seed(0)
+        with torch.random.fork_rng(devices=[]):  # noise is no neuron's: it is to be the same in every trace
+            torch.default_generator.manual_seed(0)
+            try:
                 graph = tracer.trace(bare.train(training))
-        except _TRACE_ERRORS as error:
-            try:  # a buffer cut to a size of the input, such as mask[:T, :T], is followed only as an operation
-                graph = _Tracer(is_known, opaque, buffers=True).trace(bare)
-            except _TRACE_ERRORS:  # what went wrong at first says more
-                raise UntraceableError(tracer.failed, str(error)) from error
+            except _TRACE_ERRORS as error:
+                try:  # a buffer cut to a size of the input, such as mask[:T, :T], is followed only as an operation
+                    if not isinstance(error, TypeError):
+                        raise
+                    graph = _Tracer(is_known, opaque, buffers=True).trace(bare)
+                except _TRACE_ERRORS:  # what went wrong at first says more
+                    raise UntraceableError(tracer.failed, str(error)) from error
         made = {name: vars(bare).pop(name) for name in set(vars(bare)) - before}
         return cls(graph, training, {name: without_data(value) for name, value in made.items()}, made)
 

@@ -40,7 +40,7 @@ class Run:
         model = nn.Sequential(*layers[:-1], nn.Dropout(0.3), layers[-1])  # draws from torch's global generator
         optimizer = FlatKFAC(optim.SGD(model.parameters(), lr=0.05, momentum=0.9), model, mu=0.05, every=4)
         x, _ = batch()
-        pruner = NeuronPruner(model, optimizer, x, target=0.5, start=FIRST_CUT, every=1, events=EVENTS)
+        pruner = NeuronPruner(model, optimizer, x, target=0.5, start=FIRST_CUT, every=1, events=EVENTS, pace="linear")
         return cls(model, optimizer, optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS), pruner)
 
     def state_dict(self) -> dict[str, Any]:

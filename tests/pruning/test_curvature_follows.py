@@ -19,7 +19,7 @@ def test_a_cut_keeps_of_the_curvature_what_the_manifest_keeps(name: str) -> None
     y = torch.arange(len(x)) % 3
     dense = copy.deepcopy(model)
     optimizer = FlatKFAC(torch.optim.SGD(model.parameters(), lr=0.01), model, mu=0.1, every=100, reduction="sum")
-    pruner = NeuronPruner(model, optimizer, x, target=0.5, start=1, every=1, events=2)
+    pruner = NeuronPruner(model, optimizer, x, target=0.5, start=1, every=1, events=2, pace="linear")
 
     def step() -> None:
         optimizer.zero_grad()
@@ -75,7 +75,9 @@ def test_what_flatkfac_wraps_is_refused() -> None:
 def test_of_two_pruners_the_one_that_did_not_cut_says_that_it_is_out_of_date_and_training_goes_on() -> None:
     model, x = CASES["mlp"].build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    first, second = (NeuronPruner(model, optimizer, x, target=0.5, start=1, every=1, events=2) for _ in range(2))
+    first, second = (
+        NeuronPruner(model, optimizer, x, target=0.5, start=1, every=1, events=2, pace="linear") for _ in range(2)
+    )
     for i in range(2):
         optimizer.zero_grad()
         F.cross_entropy(model(x), torch.arange(len(x)) % 3).backward()

@@ -715,7 +715,7 @@ def scores_average_over_all_steps() -> None:
 def run_of(seed: int) -> list[dict[str, list[int]]]:
     model, x = CASES["residual"].build(seed)
     optimizer = FlatKFAC(optim.SGD(model.parameters(), lr=0.05, momentum=0.9), model, every=2, seed=seed)
-    pruner = NeuronPruner(model, optimizer, x, target=0.6, start=1, every=1, events=3)
+    pruner = NeuronPruner(model, optimizer, x, target=0.6, start=1, every=1, events=3, pace="linear")
     for _ in range(3):
         train(model, optimizer, x, torch.arange(len(x)) % 3, 3)
         assert pruner.step()

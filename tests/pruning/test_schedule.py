@@ -26,6 +26,7 @@ def mlp(*sizes: int) -> nn.Sequential:
 
 
 def prune(model: nn.Module, inputs: Any, epochs: int, **options: Any) -> tuple[NeuronPruner, list[PruneReport]]:
+    options = {"pace": "linear", **options}
     pruner = NeuronPruner(model, optim.SGD(model.parameters(), lr=0.0), inputs, **options)
     reports = []
     for epoch in range(epochs):

@@ -15,7 +15,7 @@ from kfac_flat.pruning.layers import channel_counts
 from tests.pruning.masking import LAYERS, prune_at_random, pruner_for
 from tests.pruning.nets import CASES
 
-OPTIONS = {"target": 0.6, "start": 1, "every": 1, "events": 3}
+OPTIONS = {"target": 0.6, "start": 1, "every": 1, "events": 3, "pace": "linear"}
 Run = tuple[nn.Module, optim.Optimizer, NeuronPruner, nn.Module]
 
 
