@@ -30,7 +30,8 @@ def mask_gradient(weight: Tensor, gradient: Tensor, groups: int = 1) -> Tensor:
         ``[C_in]``.
     """
     products = weight.detach() * gradient
-    return products.reshape(groups, -1, weight.shape[1], weight[0, 0].numel()).sum((1, 3)).flatten()
+    over_outputs = products.reshape(groups, -1, weight.shape[1], weight[0, 0].numel()).sum(1)  # twice as fast alone
+    return over_outputs.sum(-1).flatten()
 
 
 class Saliency:
