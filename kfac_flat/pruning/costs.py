@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from kfac_flat.pruning import layers
+from kfac_flat.pruning.graph import Channels
 from kfac_flat.pruning.ids import membership
-
-if TYPE_CHECKING:
-    from kfac_flat.pruning.graph import Channels
 
 
 class Costs:

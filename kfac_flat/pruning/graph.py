@@ -156,10 +156,16 @@ class NeuronGraph:
         Raises:
             CutError: if a layer would read other neurons than it should, or the model would no longer run.
         """
-        small, remaining = skeleton(model), without(channels, gone)
-        Surgery(small, kept_without(channels, gone)).apply()
+        small, macs = self._cut_skeleton(model, channels, gone)
+        remaining = without(channels, gone)
         neurons = sum(len(remaining[name].outputs) for name in self.hidden)
-        return Size(neurons, sum(p.numel() for p in small.parameters()), self._verify(small, remaining))
+        return Size(neurons, sum(p.numel() for p in small.parameters()), macs)
+
+    def _cut_skeleton(self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor) -> tuple[nn.Module, int]:
+        """Return a skeleton of the model that does without these groups, and its multiply-accumulates."""
+        small = skeleton(model)
+        Surgery(small, kept_without(channels, gone)).apply()
+        return small, self._verify(small, without(channels, gone))
 
     def _verify(self, pruned: nn.Module, channels: Mapping[str, Channels]) -> int:
         """Prove on a skeleton that has been cut that each module reads exactly the neurons it should.
@@ -167,7 +173,7 @@ class NeuronGraph:
         The smaller model is traced anew, so that what its code makes of its own widths is seen as well.
 
         Returns:
-            Multiply-accumulates of one example in eval mode, by torch's own counter; biases and norms not counted.
+            Multiply-accumulates of one example in eval mode; biases and norms not counted.
 
         Raises:
             CutError: if a module reads others, or the model no longer runs or computes with other numbers.
@@ -232,10 +238,8 @@ class NeuronGraph:
         for seed in range(_TRIALS):
             scores = torch.rand(len(groups.ids), generator=torch.Generator().manual_seed(seed)).tolist()
             gone = groups.cheapest(scores, half, min_neurons=1, round_to=1)
-            small = skeleton(self._bare)
-            Surgery(small, kept_without(self.channels, gone)).apply()
             try:
-                self._verify(small, without(self.channels, gone))
+                self._cut_skeleton(self._bare, self.channels, gone)
             except FailedAtError as failure:
                 return failure
         return None
@@ -277,11 +281,8 @@ class _Grouping(rules.Table):
         self.heads |= {place for place, dealt in self._dealt.items() if torch.isin(some, dealt).any()}
 
     def sized(self, attribute: str, ids: Tensor) -> None:
-        self.inputs[attribute], known = ids[:0], self.outputs.setdefault(attribute, ids)
-        if len(known) == len(ids):
-            self.tie(known, ids)
-        else:
-            self.freeze(torch.cat([known, ids]), f"{attribute} is the number of different neurons")
+        self.inputs[attribute] = ids[:0]
+        self.tie(self.outputs.setdefault(attribute, ids), ids)  # wherever it is a size, it is that of the same neurons
 
     def layer(self, name: str, module: nn.Module, inputs: Tensor, positions: float) -> Tensor:
         self.positions[name] = self.positions.get(name, 0) + positions

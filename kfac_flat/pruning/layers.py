@@ -62,10 +62,11 @@ def part(model: nn.Module, path: str) -> nn.Module | SizeAttribute:
     Raises:
         AttributeError: if there is none.
     """
-    owner, _, name = path.rpartition(".")
-    if isinstance(vars(model.get_submodule(owner)).get(name), int):
-        return SizeAttribute(model.get_submodule(owner), name)
-    return model.get_submodule(path)
+    holder, _, name = path.rpartition(".")
+    owner = model.get_submodule(holder)
+    if isinstance(vars(owner).get(name), int):
+        return SizeAttribute(owner, name)
+    return owner.get_submodule(name)
 
 
 def is_depthwise(module: nn.Module | SizeAttribute) -> bool:

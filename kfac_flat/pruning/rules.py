@@ -6,6 +6,7 @@ only moves data is executed on the ids themselves. An operation without a rule i
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,9 +121,15 @@ def run_layer(table: Table, name: str, module: nn.Module, x: Tensor, result: Ten
     return along(table.layer(name, module, inputs, layers.positions(module, x, result)), dim, result.shape)
 
 
+_ATTENTION = inspect.signature(nn.MultiheadAttention.forward)
+
+
 def _attend(op: Operation) -> Any:
     """Torch's multi-head attention: heads go whole, in all three projections and the columns that read them."""
-    module, (q, k, v) = op.target, _attended(*op.args, **op.kwargs)
+    module, given = op.target, _ATTENTION.bind(None, *op.args, **op.kwargs).arguments
+    q, k, v = (given[name] for name in ("query", "key", "value"))
+    if given.get("attn_mask") is not None and given["attn_mask"].dim() > 2:
+        raise NoRuleError("has a mask that differs from head to head")
     if not layers.is_attention(module):
         raise NoRuleError("has queries, keys and values of different widths, or keys and values of its own")
     if 1 not in op.unused:
@@ -138,22 +145,6 @@ def _attend(op: Operation) -> Any:
     out = op.table.layer(f"{op.name}.out_proj", module.out_proj, heads, q.numel() // q.shape[-1])
     attended, weights = op.result
     return along(out, attended.dim() - 1, attended.shape), None if weights is None else fixed(weights.shape)
-
-
-def _attended(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort out the arguments of ``nn.MultiheadAttention`` by the names that torch gives them."""
-    if attn_mask is not None and attn_mask.dim() > 2:
-        raise NoRuleError("has a mask that differs from head to head")
-    return query, key, value
 
 
 # ---------------------------------------------------------------- operations without channels of their own
@@ -246,9 +237,7 @@ def _move(op: Operation) -> Any:
     axes = varying_dims(op.subject)
     if not axes:
         return op.on(op.subject)
-    line = read_along(op.subject, axes[0])
-    if line is None:
-        raise NoRuleError("moves neurons that lie along two axes")
+    line = _moved_line(op, axes[0])
     moved = map_tensors(compact, op.on(along(torch.arange(len(line)), axes[0], op.subject.shape)))
     parts = [moved] if isinstance(moved, Tensor) else list(moved)
     row, length = len(line), 1
@@ -266,6 +255,14 @@ def _move(op: Operation) -> Any:
             for d in varying_dims(part)[-1:]:  # an axis before it would be one of rows
                 _follow_size(op, part.shape[d], part, d)
     return ids
+
+
+def _moved_line(op: Operation, dim: int) -> Tensor:
+    """Return the ids along an axis of what is moved, which must be the only one with neurons."""
+    line = read_along(op.subject, dim)
+    if line is None:
+        raise NoRuleError("moves neurons that lie along two axes")
+    return line
 
 
 def _heads(op: Operation, places: Tensor, line: Tensor, rows: Tensor) -> int:
@@ -439,10 +436,7 @@ def _layer_norm(op: Operation) -> Tensor:
 def _pixel_shuffle(op: Operation) -> Tensor:
     """Each output channel is woven from a block of input channels, which goes as a whole."""
     factor = op.target.upscale_factor if isinstance(op.target, nn.PixelShuffle) else _factor(*op.args, **op.kwargs)
-    line = read_along(op.subject, op.subject.dim() - 3)
-    if line is None:
-        raise NoRuleError("moves neurons that lie along two axes")
-    blocks = line.reshape(-1, factor**2)
+    blocks = _moved_line(op, op.subject.dim() - 3).reshape(-1, factor**2)
     op.table.tie(blocks[:, :1].expand_as(blocks), blocks)
     return along(blocks[:, 0].contiguous(), op.result.dim() - 3, op.result.shape)
 
@@ -450,9 +444,7 @@ def _pixel_shuffle(op: Operation) -> Tensor:
 def _pixel_unshuffle(op: Operation) -> Tensor:
     """Each channel becomes a block of channels."""
     factor = op.target.downscale_factor if isinstance(op.target, nn.PixelUnshuffle) else _factor(*op.args, **op.kwargs)
-    line = read_along(op.subject, op.subject.dim() - 3)
-    if line is None:
-        raise NoRuleError("moves neurons that lie along two axes")
+    line = _moved_line(op, op.subject.dim() - 3)
     return along(line.repeat_interleave(factor**2), op.result.dim() - 3, op.result.shape)
 
 

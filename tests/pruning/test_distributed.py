@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kfac_flat import CutError, NeuronPruner, rewrap
+from kfac_flat.distributed import Agreement
 from kfac_flat.pruning import scheduler
 from kfac_flat.pruning.graph import NeuronGraph
 from tests.pruning.masking import distance
@@ -239,12 +240,12 @@ def _dying(rank: int, at: str) -> str:
     trained = Run.start(rank, {})
     trained.train()
     if rank == 1:
-        target = NeuronPruner if at == "_scores" else scheduler.Surgery
+        target = NeuronPruner if at == "_scores" else Agreement  # on_cut: its tensors have been exchanged by then
         pytest.MonkeyPatch().setattr(target, at, _die)
     return refused_without_a_trace(trained, trained.end_epoch)
 
 
-@pytest.mark.parametrize("at", ["_scores", "apply"])
+@pytest.mark.parametrize("at", ["_scores", "on_cut"])
 def test_a_rank_that_dies_leaves_the_others_uncut(at: str, run: Callable[[Scenario], list[Any]]) -> None:
     message, nothing = run(functools.partial(_dying, at=at))
     assert nothing is None

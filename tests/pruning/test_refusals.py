@@ -429,19 +429,6 @@ def test_a_distributed_wrapper_is_refused_with_advice(compiled: bool) -> None:
         pruner_for(wrapped, torch.randn(2, 6))
 
 
-def test_a_compiled_model_is_cut_inside_its_wrapper() -> None:
-    model, inputs = CASES["residual"].build()
-    compiled = torch.compile(model, backend="eager")
-    compiled(inputs)
-    dense = copy.deepcopy(model)
-    pruner = pruner_for(compiled, inputs)
-    prune_at_random(pruner, model)
-    assert_exact(dense, model, pruner.state_dict(), inputs)
-    with torch.no_grad():
-        assert torch.allclose(compiled.eval()(inputs), model.eval()(inputs), rtol=1e-12)
-    train_on(compiled, inputs)
-
-
 def test_a_parameter_that_an_uncut_module_shares_stays_whole() -> None:
     model, inputs = Case(embedding_tie, vectors).build()
     pruner = pruner_for(model, inputs, target=0.2)
