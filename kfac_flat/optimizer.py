@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from kfac_flat.averaging import mean_over_processes, processes, rank
 from kfac_flat.changes import Change, setting
 from kfac_flat.curvature.likelihood import Likelihood, resolve
 from kfac_flat.curvature.tracker import HostCopy, RadiusGradient, RadiusTracker
@@ -32,6 +34,7 @@ class _Options:
     mu: Schedule
     rho_max: Schedule
     every: int
+    survey_every: int
     batch_fraction: float
     fisher: str
     criterion: nn.Module | None
@@ -52,8 +55,10 @@ class _Options:
             value = getattr(self, name)
             if not callable(value) and not _is_number(value, 0, math.inf):
                 raise ValueError(f"{name}={value!r} must be a number >= 0, or a function of the step count")
-        if not isinstance(self.every, int) or isinstance(self.every, bool) or self.every < 1:
-            raise ValueError(f"every={self.every!r} must be a whole number of steps, at least 1")
+        for name, unit in (("every", "steps"), ("survey_every", "refreshes")):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of {unit}, at least 1")
         if not _is_number(self.batch_fraction, 0, 1 + 1e-12) or not self.batch_fraction:
             raise ValueError(f"batch_fraction={self.batch_fraction!r} must lie in (0, 1]")
         if self.clip is not None and not (_is_number(self.clip, 0, math.inf) and self.clip):
@@ -81,8 +86,9 @@ class FlatKFAC(Optimizer):
 
     1. Every ``every`` steps, a copy of the model that shares its parameters repeats the last training forward pass, on
        the first ``batch_fraction`` of the batch.
-    2. A BackPACK extension reads each layer's input and output gradient in one backward pass, and one step of power
-       iteration brings the top eigenvectors of its Kronecker factors up to date.
+    2. A BackPACK extension reads the input and output gradient of layers in one backward pass, and one step of power
+       iteration brings the top eigenvectors of their Kronecker factors up to date: of every layer at each
+       ``survey_every``-th of these refreshes, otherwise of the layer that attains the maximum.
     3. rho of the layer that attained the maximum at the refresh before (so that nothing waits for the device) is
        differentiated with respect to all parameters.
     4. That gradient, times mu where rho exceeds ``rho_max``, is added to ``p.grad``, at this step and at those until
@@ -94,10 +100,12 @@ class FlatKFAC(Optimizer):
     Args:
         optimizer: An optimizer instance over (some of) the model's parameters. ``param_groups``, ``state`` and
             ``defaults`` stay its own: schedulers, scalers and checkpoints see one truth. Step the wrapper, not this.
-        model: The model being trained; wrappers may be on, but several processes are refused for now.
+        model: The model being trained; wrappers may be on. With several processes, the default group's (or that of a
+            DistributedDataParallel given) are taken to train it together, each on its part of one batch.
         mu: Weight of the penalty, or a function of the step count.
         rho_max: K, the spectral radius below which there is no penalty, or a function of the step count.
-        every: Steps from one computation of the penalty's gradient to the next.
+        every: Steps from one computation of the penalty's gradient to the next, a refresh.
+        survey_every: Refreshes from one look at all layers, to see which attains the maximum, to the next.
         batch_fraction: Share of the batch, in (0, 1], that it is computed on; at least two examples.
         fisher: ``"sampled"``: labels drawn from the model's own prediction (the true Fisher); ``"empirical"``: the
             batch's labels, as remembered by a hook on ``criterion``.
@@ -110,7 +118,7 @@ class FlatKFAC(Optimizer):
         layers: Restrict to these layers: names (shell patterns allowed) or classes.
         eigenpairs: ``"streaming"``, or ``"exact"`` to form and decompose the factors at each refresh.
         clip: Bound on the norm of the penalty's gradient, relative to that of the loss; None for no bound. With
-            ``every=1, clip=None`` the penalty is the paper's plain one.
+            ``every=1, survey_every=1, batch_fraction=1, clip=None`` the penalty is the paper's plain one.
         seed: Of the drawn labels and the starting vectors. torch's global generators are never touched.
 
     Raises:
@@ -136,6 +144,7 @@ class FlatKFAC(Optimizer):
         mu: Schedule = 0.01,
         rho_max: Schedule = 0.0,
         every: int = 4,
+        survey_every: int = 4,
         batch_fraction: float = 0.5,
         fisher: str = "sampled",
         criterion: nn.Module | None = None,
@@ -151,6 +160,7 @@ class FlatKFAC(Optimizer):
             mu=mu,
             rho_max=rho_max,
             every=every,
+            survey_every=survey_every,
             batch_fraction=batch_fraction,
             fisher=fisher,
             criterion=criterion,
@@ -168,9 +178,12 @@ class FlatKFAC(Optimizer):
         self._likelihood = resolve(likelihood)
         names = layer_names(self._inner, self._options.layers)
         self._unread = unread_modules(self._inner) if layers is None else {}
-        self._tracker = RadiusTracker(self._inner, names, reduction=reduction, exact=eigenpairs == "exact", seed=seed)
+        average = partial(mean_over_processes, group=processes(model))
+        self._tracker = RadiusTracker(
+            self._inner, names, reduction=reduction, exact=eigenpairs == "exact", seed=seed, average=average
+        )
         self._steps = 0
-        self._generator: torch.Generator | None = None
+        self._labels = torch.Generator()  # of the refresh under way
         self._penalty: dict[nn.Parameter, Tensor] | None = None  # its gradient, once computed
         self._mask_terms: dict[str, Tensor] = {}
         self._penalty_norm = torch.tensor(0.0)
@@ -293,7 +306,7 @@ class FlatKFAC(Optimizer):
         if penalty:
             finite = self._set_factor(list(penalty))
             gradients = [p.grad for p in penalty if p.grad is not None]
-            torch._foreach_add_(gradients, torch._foreach_mul(list(penalty.values()), self._factor))
+            torch._foreach_addcmul_(gradients, list(penalty.values()), [self._factor] * len(penalty))
             self._count_skipped(finite)
 
     def _set_factor(self, parameters: list[nn.Parameter]) -> Tensor:
@@ -320,6 +333,7 @@ class FlatKFAC(Optimizer):
             self._penalty, self._mask_terms = None, {}
             self._forget_calls()
             return
+        self._labels = self._label_generator()
         gradient = self._rho_gradient(call, parameters)
         self._forget_calls()
         weight = mu * (gradient.rho > rho_max).to(gradient.rho)
@@ -352,7 +366,9 @@ class FlatKFAC(Optimizer):
         sampled = self._criterion_calls is None
         loss = self._sampled_loss if sampled else self._empirical_loss(call.batch_size, examples)
         args, kwargs = call.first(examples)
-        return self._tracker.gradient(args, kwargs, loss, parameters, call.conditions)
+        refresh = self._steps // self._options.every
+        survey = refresh % self._options.survey_every == 0
+        return self._tracker.gradient(args, kwargs, loss, parameters, call.conditions, survey=survey)
 
     def _count_skipped(self, finite: Tensor) -> None:
         """Count on the device; warn once the count has come back to the host."""
@@ -379,7 +395,7 @@ class FlatKFAC(Optimizer):
                 "prediction: give likelihood= a callable (output, generator) -> negative log-likelihoods [N], for "
                 "example lambda output, generator: kfac_flat.likelihood.categorical(output.logits, generator)"
             )
-        losses = self._likelihood(output, self._label_generator())
+        losses = self._likelihood(output, self._labels)
         if losses.dim() != 1:
             raise ValueError(f"likelihood must return one loss per example, [N], not {list(losses.shape)}")
         return losses.sum()
@@ -421,10 +437,11 @@ class FlatKFAC(Optimizer):
         return loss
 
     def _label_generator(self) -> torch.Generator:
+        """Make the generator of one refresh: other labels at each and in each process, alike whenever it is resumed."""
         device = next(self._inner.parameters()).device
-        if self._generator is None or self._generator.device != device:
-            self._generator = torch.Generator(device).manual_seed(self._options.seed)
-        return self._generator
+        # Far-apart multiples, so that no seed's refresh meets another's.
+        number = self._options.seed * 1_000_003 + self._steps * 7_368_787 + rank() * 2_147_483_647
+        return torch.Generator(device).manual_seed(number % 2**63)
 
     def _parameters(self) -> list[nn.Parameter]:
         """The parameters that are both the optimizer's and the model's, in the optimizer's order."""
@@ -540,7 +557,6 @@ class FlatKFAC(Optimizer):
         own = {
             "steps": self._steps,
             "skipped": self.skipped,
-            "generator": None if self._generator is None else self._generator.get_state(),
             "penalty": None if self._penalty is None else {index[id(p)]: g for p, g in self._penalty.items()},
             "penalty_norm": self._penalty_norm,
             "mask_terms": dict(self._mask_terms),
@@ -573,7 +589,7 @@ class FlatKFAC(Optimizer):
 
     def _load_own(self, own: Mapping[str, Any] | None) -> None:
         """Restore the curvature's part of a checkpoint, or start afresh."""
-        self._steps, self._generator, self._penalty, self._mask_terms, self._skipped = 0, None, None, {}, None
+        self._steps, self._penalty, self._mask_terms, self._skipped = 0, None, {}, None
         self._forget_calls()
         self._tracker.reset()
         if own is None:
@@ -587,8 +603,6 @@ class FlatKFAC(Optimizer):
         self._tracker.load_state_dict(own)
         if own["penalty"] is not None:
             self._penalty = {parameters[i]: g.to(parameters[i], copy=True) for i, g in own["penalty"].items()}
-        if own["generator"] is not None:
-            self._label_generator().set_state(own["generator"].cpu())
 
     def _all_parameters(self) -> list[nn.Parameter]:
         """Every parameter of the wrapped optimizer, in its order."""
@@ -622,9 +636,3 @@ def _check_types(optimizer: Any, model: Any) -> None:
         raise TypeError("the optimizer is a FlatKFAC already; wrapped twice, it would add its penalty twice")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    inner = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
-    if isinstance(inner, nn.parallel.DistributedDataParallel) and inner.process_group.size() > 1:
-        raise TypeError(
-            "FlatKFAC does not reduce the penalty's gradient over processes yet, so replicas would drift apart: "
-            "train in one process"
-        )

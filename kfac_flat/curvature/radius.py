@@ -63,6 +63,15 @@ class Eigenvectors:
         """Return them on the device and in the dtype of ``like``."""
         return Eigenvectors(self.A.to(like), self.G.to(like))
 
+    def towards(self, A_v: Tensor, G_v: Tensor) -> Eigenvectors:
+        """Return the result of a power step, of unit length; what has no direction stays as it is.
+
+        Args:
+            A_v: What :func:`factors_times` made of A, ``[groups, d_in]``.
+            G_v: What it made of G, ``[groups, d_out]``.
+        """
+        return Eigenvectors(_unit(A_v, otherwise=self.A), _unit(G_v, otherwise=self.G))
+
     def index_select(self, layer: Layer, kept: Kept) -> Eigenvectors:
         """Return what a cut leaves of them, of unit length; ``layer`` is the layer BEFORE the cut."""
         inputs, outputs = kept.inputs.to(self.A.device), kept.outputs.to(self.A.device)
@@ -122,7 +131,8 @@ class LayerData:
 def eigenvalues(data: LayerData, v: Eigenvectors) -> tuple[Tensor, Tensor]:
     """Rayleigh quotients v_A^T A v_A and v_G^T G v_G, ``[groups]`` each, differentiable in ``a`` and ``g``.
 
-    They are the top eigenvalues when ``v`` holds the top eigenvectors, and below them otherwise.
+    They are the top eigenvalues when ``v`` holds the top eigenvectors, and below them otherwise. Their product is the
+    radius of each of the layer's blocks; rho_l is the largest.
     """
     along_a = project_input(data.layer, data.a, v.A)
     along_g = torch.einsum("ngct,gc->ngt", output_gradients(data.layer, data.g), v.G)
@@ -131,19 +141,23 @@ def eigenvalues(data: LayerData, v: Eigenvectors) -> tuple[Tensor, Tensor]:
     return lambda_A, lambda_G
 
 
-def group_radii(data: LayerData, v: Eigenvectors) -> Tensor:
-    """Radius of each of the layer's blocks, ``[groups]``, differentiable in ``a`` and ``g``; rho_l is the largest."""
-    lambda_A, lambda_G = eigenvalues(data, v)
-    return lambda_A * lambda_G
+def product_rule(of_batch: tuple[Tensor, Tensor], at: tuple[Tensor, Tensor]) -> Tensor:
+    """A scalar whose gradient is that of rho_l: lambda_G grad lambda_A + lambda_A grad lambda_G.
+
+    Written so that the gradients may stem from one part of a batch and the eigenvalues from all of it: averaged over
+    the parts, the gradient is that of the whole.
+
+    Args:
+        of_batch: What :func:`eigenvalues` returned, with its graph.
+        at: The eigenvalues themselves, without one.
+    """
+    lambda_A, lambda_G = at
+    share = _attaining(lambda_A * lambda_G)
+    return (share * (lambda_G * of_batch[0] + lambda_A * of_batch[1])).sum()
 
 
-def radius(data: LayerData, v: Eigenvectors) -> Tensor:
-    """rho_l, a scalar differentiable in ``a`` and ``g``: the largest over the layer's groups."""
-    return group_radii(data, v).max()
-
-
-def power_step(data: LayerData, v: Eigenvectors) -> Eigenvectors:
-    """One step of power iteration for A and G on this batch; a result without a direction leaves ``v`` as it was.
+def factors_times(data: LayerData, v: Eigenvectors) -> tuple[Tensor, Tensor]:
+    """A v_A, ``[groups, d_in]``, and G v_G, ``[groups, d_out]``, on this batch, without forming A or G.
 
     A v is the adjoint of the projection applied to the projection, which autograd supplies: for a convolution the
     weight gradient of a kernel with one output channel per group, about 2 / C_out of the layer's own forward.
@@ -154,16 +168,21 @@ def power_step(data: LayerData, v: Eigenvectors) -> Eigenvectors:
         along_a = project_input(data.layer, data.a, v_A)
         (A_v,) = torch.autograd.grad(along_a, v_A, along_a.detach())
     gradients = output_gradients(data.layer, data.g)
-    G_v = torch.einsum("ngct,ngt->gc", gradients, torch.einsum("ngct,gc->ngt", gradients, v.G))
-    return Eigenvectors(_unit(A_v, otherwise=v.A), _unit(G_v, otherwise=v.G))
+    along_g = torch.einsum("ngct,gc->ngt", gradients, v.G)
+    G_v = torch.einsum("ngct,ngt->gc", gradients, along_g)
+    return A_v / len(along_a), G_v / (len(along_g) * along_g.shape[-1])
 
 
-def exact_eigenvectors(data: LayerData) -> Eigenvectors:
-    """Top eigenvectors of the factors formed explicitly: O(d^3) and a d x d matrix, for tests and small nets."""
+def factors(data: LayerData) -> tuple[Tensor, Tensor]:
+    """Form A, ``[groups, d_in, d_in]``, and G, ``[groups, d_out, d_out]``: for tests and small nets."""
     data = data.detach()
-    factors = input_factor(data.layer, data.a), output_factor(data.layer, data.g)
+    return input_factor(data.layer, data.a), output_factor(data.layer, data.g)
+
+
+def top_eigenvectors(A: Tensor, G: Tensor) -> Eigenvectors:
+    """Decompose the factors that :func:`factors` formed, O(d^3)."""
     # Decompositions fail on what is not finite; without it any vectors do, since rho is not finite either.
-    A, G = (torch.where(f.isfinite().all(), f, torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)) for f in factors)
+    A, G = (torch.where(f.isfinite().all(), f, torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)) for f in (A, G))
     return Eigenvectors(top_eigenpair(A)[1], top_eigenpair(G)[1])
 
 
@@ -175,16 +194,20 @@ def input_mask_gradient(layer: Layer, radii: Tensor, v: Eigenvectors) -> Tensor:
 
     Args:
         layer: The layer.
-        radii: What :func:`group_radii` returned for it.
+        radii: Radius of each of its blocks, ``[groups]``.
         v: Its eigenvectors.
 
     Returns:
         ``[C_in]``, without a graph.
     """
-    radii = radii.detach()
-    attains = (radii == radii.max()).to(radii)
-    per_entry = 2 * (radii * attains / attains.sum())[:, None] * v.A.square()
+    per_entry = 2 * (radii * _attaining(radii))[:, None] * v.A.square()
     return per_entry.reshape(-1, inputs_per_channel(layer)).sum(1)
+
+
+def _attaining(radii: Tensor) -> Tensor:
+    """Mark which of a layer's blocks attains its radius, ``[groups]``; those that are alike share it."""
+    attains = (radii == radii.max()).to(radii)
+    return attains / attains.sum()
 
 
 def _unit(vectors: Tensor, otherwise: Tensor | None = None) -> Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,29 @@ from kfac_flat.curvature.layers import Layer
 from kfac_flat.curvature.radius import (
     Eigenvectors,
     LayerData,
-    exact_eigenvectors,
-    group_radii,
+    eigenvalues,
+    factors,
+    factors_times,
     input_mask_gradient,
-    power_step,
-    radius,
+    product_rule,
+    top_eigenvectors,
 )
 from kfac_flat.curvature.twin import BACKPACK, CalledTwiceError, Conditions, Twin, quiet_hooks
 from kfac_flat.structure import Kept
 
 # Power steps on the very first batch, from random vectors; afterwards one per batch tracks the moving eigenvectors.
 _FIRST_STEPS = 20
+
+# Two numbers or vectors per layer, of A and of G.
+Pairs: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+
+# The mean over several processes of tensors that each of them has from its own number of examples.
+Average: TypeAlias = Callable[[Sequence[Tensor], int], list[Tensor]]
+
+
+def alone(tensors: Sequence[Tensor], examples: int) -> list[Tensor]:
+    """Average over the one process there is."""
+    return list(tensors)
 
 
 @dataclass(frozen=True)
@@ -86,13 +98,24 @@ class RadiusTracker:
         reduction: ``"max"``, rho = max_l rho_l [HGNP eq. 3], or ``"sum"``, rho = sum_l rho_l.
         exact: Form the factors and decompose them at every batch instead of tracking eigenvectors.
         seed: Of the starting vectors.
+        average: Where several processes see parts of one batch: their mean. All of them must make the same calls.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], *, reduction: str, exact: bool, seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        *,
+        reduction: str,
+        exact: bool,
+        seed: int,
+        average: Average = alone,
+    ) -> None:
         self._model = model
         self._reduction = reduction
         self._exact = exact
         self._seed = seed
+        self._average = average
         self._twin: Twin | None = None
         self._host_radii, self._host_names = HostCopy(), list[str]()
         self.names, self._order = list(names), list(names)
@@ -117,8 +140,9 @@ class RadiusTracker:
     ) -> None:
         """Bring eigenvectors and radii up to date on a batch, with several power steps and no gradient of rho."""
         seen = self._read(args, kwargs, loss, conditions, create_graph=False)
-        vectors = {name: self._next_vectors(name, data, steps) for name, data in seen.items()}
-        self._publish(vectors, {name: radius(data, vectors[name]) for name, data in seen.items()})
+        vectors = self._next_vectors(seen, steps)
+        values = self._averaged({name: eigenvalues(data, vectors[name]) for name, data in seen.items()}, seen)
+        self._publish(vectors, {name: (of_A * of_G).max() for name, (of_A, of_G) in values.items()})
 
     def gradient(
         self,
@@ -127,6 +151,8 @@ class RadiusTracker:
         loss: Callable[[Any], Tensor],
         parameters: Sequence[nn.Parameter],
         conditions: Conditions = contextlib.nullcontext,
+        *,
+        survey: bool = True,
     ) -> RadiusGradient:
         """Differentiate rho on a batch, bringing eigenvectors and radii up to date on the way.
 
@@ -136,27 +162,34 @@ class RadiusTracker:
             loss: From the model's output to the sum of the example losses; called twice on the first batch.
             parameters: What to differentiate with respect to.
             conditions: Makes the context, of randomness and precision, that each forward pass runs in.
+            survey: Whether to read all layers, as happens anyway where some are not known. If not, only those that rho
+                is known to depend on are read, which costs less the closer they are to the loss.
 
         Raises:
             RuntimeError: if the loss depends on none of the layers.
         """
         if not self._host_names:
             self.measure(args, kwargs, loss, conditions)
-        seen = self._read(args, kwargs, loss, conditions, create_graph=True)
+        survey |= any(map(math.isnan, self._known_radii().values()))
+        only = None if survey else self._active(self.names)
+        seen = self._read(args, kwargs, loss, conditions, create_graph=True, only=only)
         active = self._active(seen)
-        vectors = {name: self._next_vectors(name, data, steps=1) for name, data in seen.items()}
-        radii = {n: group_radii(data if n in active else data.detach(), vectors[n]) for n, data in seen.items()}
-        rho = torch.stack([radii[name].max() for name in active]).sum()
+        vectors = self._next_vectors(seen, steps=1)
+        of_batch = {n: eigenvalues(data if n in active else data.detach(), vectors[n]) for n, data in seen.items()}
+        at = self._averaged(of_batch, seen)
+        rho = torch.stack([product_rule(of_batch[name], at[name]) for name in active]).sum()
         try:
-            gradients = _differentiate(rho, parameters)
+            gradients = self._differentiate(rho, parameters, seen)
         except RuntimeError as error:
             if "derivative" not in str(error) or "not implemented" not in str(error):
                 raise
             self._leave_out(active, f"something behind it has no second derivative: {error}")
             return self.gradient(args, kwargs, loss, parameters, conditions)
-        self._publish(vectors, {name: of_groups.max() for name, of_groups in radii.items()})
+        radii = {name: of_A * of_G for name, (of_A, of_G) in at.items()}
+        self._publish(vectors, {name: of_groups.max() for name, of_groups in radii.items()}, all_layers=survey)
         masks = {name: input_mask_gradient(seen[name].layer, radii[name], vectors[name]) for name in active}
-        return RadiusGradient(rho.detach(), gradients, masks)
+        total = torch.stack([radii[name].max() for name in active]).sum()
+        return RadiusGradient(total, gradients, masks)
 
     def selected(self, kept: Mapping[str, Kept]) -> dict[str, Eigenvectors]:
         """Eigenvectors as they will be after a cut that is still to come."""
@@ -216,12 +249,16 @@ class RadiusTracker:
         conditions: Conditions,
         *,
         create_graph: bool,
+        only: Collection[str] | None = None,
     ) -> dict[str, LayerData]:
-        """Read the twin, made anew where the model has changed; layers that have no single call are left out."""
+        """Read the twin, made anew where the model has changed; layers that have no single call are left out.
+
+        Where none of ``only`` takes part, all layers are read.
+        """
         if self._twin is None or not self._twin.is_current():
             self._twin = Twin(self._model, self.names)
         try:
-            seen = self._twin.read(args, kwargs, loss, create_graph=create_graph, conditions=conditions)
+            seen = self._twin.read(args, kwargs, loss, create_graph=create_graph, only=only, conditions=conditions)
         except CalledTwiceError as error:
             names = [name for name, layer in self._twin.layers.items() if layer is error.layer]
             self._leave_out(names, str(error))
@@ -231,6 +268,8 @@ class RadiusTracker:
         ]
         if unbatched:
             self._leave_out(unbatched, "called without an axis of examples")
+            return self._read(args, kwargs, loss, conditions, create_graph=create_graph)
+        if not seen and only is not None:
             return self._read(args, kwargs, loss, conditions, create_graph=create_graph)
         if not seen:
             skipped = "".join(f"; {name} is {reason}" for name, reason in self.skipped.items())
@@ -249,36 +288,63 @@ class RadiusTracker:
             self.radii.pop(name, None)
         self._twin = None
 
+    def _known_radii(self) -> dict[str, float]:
+        """Radii of the batch before, which are on the host by now; NaN where they have never been finite."""
+        known = self._host_radii.get() if self._host_names else None
+        return {} if known is None else dict(zip(self._host_names, known.tolist(), strict=True))
+
     def _active(self, seen: Iterable[str]) -> set[str]:
         """Layers that rho depends on, as known from the batch before."""
         if self._reduction == "sum":
             return set(seen)
-        known = self._host_radii.get()
-        radii = {} if known is None else dict(zip(self._host_names, known.tolist(), strict=True))
-        known_radii = {name: value for name, value in radii.items() if not math.isnan(value)}
-        return {max(seen, key=lambda name: known_radii.get(name, 0.0))}
+        known = {name: value for name, value in self._known_radii().items() if not math.isnan(value)}
+        return {max(seen, key=lambda name: known.get(name, 0.0))}
 
-    def _next_vectors(self, name: str, data: LayerData, steps: int) -> Eigenvectors:
-        """Return a layer's eigenvectors for this batch; those kept stay as they are until all is known to go well."""
+    def _next_vectors(self, seen: Mapping[str, LayerData], steps: int) -> dict[str, Eigenvectors]:
+        """Return the eigenvectors for this batch; those kept stay as they are until all is known to go well."""
         if self._exact:
-            return exact_eigenvectors(data)
-        kept = self.eigenvectors.get(name)
-        start = (
-            kept if kept is not None and kept.fits(data.layer) else Eigenvectors.random(data.layer, self._seed_of(name))
-        )
-        v = start.to(data.a)
+            formed = self._averaged({name: factors(data) for name, data in seen.items()}, seen)
+            return {name: top_eigenvectors(A, G) for name, (A, G) in formed.items()}
+        vectors = {name: self._known_vectors(name, data) for name, data in seen.items()}
         for _ in range(steps):
-            v = power_step(data, v)
-        return v
+            moved = self._averaged({n: factors_times(data, vectors[n]) for n, data in seen.items()}, seen)
+            vectors = {name: v.towards(*moved[name]) for name, v in vectors.items()}
+        return vectors
+
+    def _known_vectors(self, name: str, data: LayerData) -> Eigenvectors:
+        """Return where a layer's eigenvectors were seen last, random ones where nowhere."""
+        kept = self.eigenvectors.get(name)
+        if kept is None or not kept.fits(data.layer):
+            kept = Eigenvectors.random(data.layer, self._seed_of(name))
+        return kept.to(data.a)
+
+    def _averaged(self, pairs: Pairs, seen: Mapping[str, LayerData]) -> Pairs:
+        """Average what is known of each layer over the processes; no graph."""
+        values = self._average([value.detach() for pair in pairs.values() for value in pair], _examples(seen))
+        return dict(zip(pairs, zip(values[::2], values[1::2], strict=True), strict=True))
+
+    def _differentiate(
+        self, rho: Tensor, parameters: Sequence[nn.Parameter], seen: Mapping[str, LayerData]
+    ) -> list[Tensor | None]:
+        """Return d rho / d p for each parameter, None where rho does not depend on it."""
+        if not rho.requires_grad:
+            return [None] * len(parameters)
+        with BACKPACK, quiet_hooks():
+            found = torch.autograd.grad(rho, parameters, allow_unused=True)
+        averaged = iter(self._average([g for g in found if g is not None], _examples(seen)))
+        return [None if g is None else next(averaged) for g in found]
 
     def _seed_of(self, name: str) -> torch.Generator:
         """Seed a layer's starting vectors by its place, so that they do not depend on which layers came first."""
         return torch.Generator().manual_seed(self._seed + self._order.index(name))
 
-    def _publish(self, vectors: Mapping[str, Eigenvectors], radii: Mapping[str, Tensor]) -> None:
+    def _publish(
+        self, vectors: Mapping[str, Eigenvectors], radii: Mapping[str, Tensor], *, all_layers: bool = True
+    ) -> None:
         """Take over what a batch has shown, all at once; radii that are not finite stay as they were."""
         self.eigenvectors = {**self.eigenvectors, **vectors}
-        before, self.radii = self.radii, {}  # what was not read this time is no part of rho
+        before = self.radii
+        self.radii = {} if all_layers else dict(before)  # a layer that takes no part is no part of rho
         for name, rho_l in radii.items():
             seen = rho_l.detach()
             known = before[name].to(seen) if name in before else torch.full_like(seen, math.nan)
@@ -288,9 +354,6 @@ class RadiusTracker:
             self._host_radii.put(torch.stack([r.double() for r in self.radii.values()]))
 
 
-def _differentiate(rho: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Return d rho / d p for each parameter, None where rho does not depend on it."""
-    if not rho.requires_grad:
-        return [None] * len(parameters)
-    with BACKPACK, quiet_hooks():
-        return list(torch.autograd.grad(rho, parameters, allow_unused=True))
+def _examples(seen: Mapping[str, LayerData]) -> int:
+    """Size of the batch."""
+    return len(next(iter(seen.values())).a)

@@ -14,7 +14,7 @@ import functools
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -75,15 +75,17 @@ class Twin:
         loss: Callable[[Any], Tensor],
         *,
         create_graph: bool,
+        only: Collection[str] | None = None,
         conditions: Conditions = contextlib.nullcontext,
     ) -> dict[str, LayerData]:
-        """Run the twin on a batch and read every layer that the loss depends on.
+        """Run the twin on a batch and read its layers, as far as the loss depends on them.
 
         Args:
             args: Positional arguments of the model's forward.
             kwargs: Keyword arguments of it.
             loss: From the model's output to the SUM of the example losses.
             create_graph: Whether the data are to be differentiated.
+            only: Names of the layers to read; None for all. The backward pass goes no deeper than these.
             conditions: Makes the context, of randomness and precision, that the forward pass runs in.
 
         Returns:
@@ -99,9 +101,10 @@ class Twin:
                 self._follow()
                 with conditions():
                     total = loss(self.model(*args, **kwargs))
-                targets = [probe for layer in self.layers.values() for probe in vars(layer).get("_probes", ())]
+                wanted = {name: layer for name, layer in self.layers.items() if only is None or name in only}
+                targets = [probe for layer in wanted.values() for probe in vars(layer).get("_probes", ())]
                 self._backward(total, targets, create_graph)
-            found = {name: self._extension.collect(layer) for name, layer in self.layers.items()}
+            found = {name: self._extension.collect(layer) for name, layer in wanted.items()}
         finally:
             for layer in self.layers.values():
                 self._extension.collect(layer)

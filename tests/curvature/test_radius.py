@@ -15,16 +15,29 @@ from kfac_flat.curvature.radius import (
     Eigenvectors,
     LayerData,
     eigenvalues,
-    exact_eigenvectors,
-    group_radii,
+    factors_times,
     input_mask_gradient,
-    power_step,
-    radius,
+    product_rule,
+    top_eigenvectors,
 )
+from kfac_flat.curvature.radius import factors as formed_factors
 from kfac_flat.curvature.tracker import RadiusGradient, RadiusTracker
 from kfac_flat.curvature.twin import layer_names
 from tests import reference
 from tests.reference import Residual, batch, cross_entropy_sum, factors, mlp, rho_and_gradient, seeded
+
+
+def group_radii(data: LayerData, v: Eigenvectors) -> Tensor:
+    of_A, of_G = eigenvalues(data, v)
+    return of_A * of_G
+
+
+def power_step(data: LayerData, v: Eigenvectors) -> Eigenvectors:
+    return v.towards(*factors_times(data, v))
+
+
+def exact_eigenvectors(data: LayerData) -> Eigenvectors:
+    return top_eigenvectors(*formed_factors(data))
 
 
 def convolutional(**options: Any) -> nn.Sequential:
@@ -210,7 +223,34 @@ def test_one_power_step_is_one_multiplication_by_the_factors(kind: str, name: st
 def test_exact_eigenvectors_attain_rho(kind: str, name: str) -> None:
     data, blocks = layer_data(kind, name)
     expected = max(torch.linalg.eigvalsh(A)[-1] * torch.linalg.eigvalsh(G)[-1] for A, G in blocks)
-    assert torch.isclose(radius(data, exact_eigenvectors(data)), expected, rtol=1e-9, atol=0)
+    assert torch.isclose(group_radii(data, exact_eigenvectors(data)).max(), expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "name"), LAYERS)
+def test_factors_times_are_products_with_the_explicit_factors(kind: str, name: str) -> None:
+    data, blocks = layer_data(kind, name)
+    v = Eigenvectors.random(data.layer, torch.Generator().manual_seed(3))
+    A_v, G_v = factors_times(data, v)
+    for i, (A, G) in enumerate(blocks):
+        assert torch.allclose(A_v[i], A @ v.A[i], rtol=1e-10, atol=1e-14)
+        assert torch.allclose(G_v[i], G @ v.G[i], rtol=1e-10, atol=1e-14)
+
+
+def test_the_product_rule_joins_the_parts_of_a_batch_to_the_gradient_of_the_whole() -> None:
+    data, _ = layer_data("groups", "2")
+    v = exact_eigenvectors(data)
+
+    def values(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return eigenvalues(LayerData(data.layer, a, g), v)
+
+    a, g = data.a.detach().requires_grad_(), data.g.detach().requires_grad_()
+    at = tuple(value.detach() for value in values(a, g))
+    expected = torch.autograd.grad(group_radii(LayerData(data.layer, a, g), v).max(), (a, g))
+    assert len(a) == 4
+    shares = [len(part) / 4 for part in (a[:1], a[1:])]  # examples of each part
+    parts = product_rule(values(a[:1], g[:1]), at) * shares[0] + product_rule(values(a[1:], g[1:]), at) * shares[1]
+    for seen, exact in zip(torch.autograd.grad(parts, (a, g)), expected, strict=True):
+        assert torch.allclose(seen, exact, rtol=1e-10, atol=1e-16)
 
 
 @given(st.integers(0, 2**20))
@@ -294,7 +334,7 @@ def test_half_precision_data_are_squared_in_single_precision() -> None:
     expected = max(
         torch.linalg.eigvalsh(A)[-1] * torch.linalg.eigvalsh(G)[-1] for A, G in factors(layer, a.double(), g.double())
     )
-    assert torch.isclose(radius(data, exact_eigenvectors(data)).double(), expected, rtol=1e-4, atol=0)
+    assert torch.isclose(group_radii(data, exact_eigenvectors(data)).max().double(), expected, rtol=1e-4, atol=0)
 
 
 # -------------------------------------------------------------------------------------------------- masks

@@ -380,7 +380,7 @@ def exact(model: nn.Module) -> tuple[FlatKFAC, nn.Module]:
     criterion = nn.CrossEntropyLoss()
     base = torch.optim.SGD(model.parameters(), lr=0.0)
     options: dict[str, Any] = {"fisher": "empirical", "criterion": criterion, "eigenpairs": "exact"}
-    return FlatKFAC(base, model, mu=0.1, every=1, batch_fraction=1.0, **options), criterion
+    return FlatKFAC(base, model, mu=0.1, every=1, survey_every=1, batch_fraction=1.0, **options), criterion
 
 
 def measured(optimizer: FlatKFAC, criterion: nn.Module, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:

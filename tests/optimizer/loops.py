@@ -22,7 +22,9 @@ def plain(
     """The paper's penalty as it stands, at the batch's labels; by default on an optimizer that does not move."""
     criterion = nn.CrossEntropyLoss() if criterion is None else criterion
     base = SGD(model.parameters(), lr=0.0) if base is None else base
-    exactly: dict[str, Any] = {"every": 1, "clip": None, "batch_fraction": 1.0, "eigenpairs": "exact"}
+    exactly: dict[str, Any] = {
+        "every": 1, "survey_every": 1, "clip": None, "batch_fraction": 1.0, "eigenpairs": "exact",
+    }  # fmt: skip
     return FlatKFAC(base, model, **{**exactly, "fisher": "empirical", "criterion": criterion, **options})
 
 

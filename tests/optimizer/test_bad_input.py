@@ -198,20 +198,13 @@ def test_a_step_that_fails_says_what_to_do_and_changes_nothing(name: str, later:
             p.grad = torch.full_like(p, 0.5) if p.requires_grad else None
         optimizer.step()
     use(model, given.get("criterion", nn.CrossEntropyLoss()), x, y)
-    before = state(model, optimizer)
+    before = snapshot(model, optimizer)
     random = torch.get_rng_state()
     for _ in range(2):  # and says it again
         with pytest.raises(error, match=message):
             optimizer.step()
-        assert same(state(model, optimizer), before)
+        assert same(snapshot(model, optimizer), before)
         assert torch.equal(torch.get_rng_state(), random)
-
-
-def state(model: nn.Module, optimizer: FlatKFAC) -> Any:
-    """All but how many labels have been drawn."""
-    everything = snapshot(model, optimizer)
-    del everything[-1]["kfac_flat"]["generator"]
-    return everything
 
 
 def test_after_a_failure_the_next_proper_step_is_as_if_nothing_had_happened() -> None:

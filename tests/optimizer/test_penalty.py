@@ -98,6 +98,23 @@ def test_another_layer_at_the_maximum_is_differentiated_from_the_next_refresh_on
         assert optimizer.rho == pytest.approx(values[after].item(), rel=1e-9)
 
 
+def test_between_surveys_only_the_layer_known_to_attain_the_maximum_is_read_and_differentiated() -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=0.3, survey_every=3)
+    first = reference.radii(model, cross_entropy_sum(y), x)
+    before = max(first, key=lambda n: first[n].item())
+    penalty(model, optimizer, x, y)
+    x = 10 * x
+    now = reference.radii(model, cross_entropy_sum(y), x)
+    after = max(now, key=lambda n: now[n].item())
+    assert before != after
+    for active in (before, before, before, after):  # two refreshes between surveys, and the one that finds out
+        _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x, names=[active])
+        assert_gradients_close(penalty(model, optimizer, x, y), times(0.3, gradient))
+        read = {name for name, value in optimizer.radii().items() if value == pytest.approx(now[name].item(), rel=1e-9)}
+        assert read == ({before} if optimizer._steps < 4 else set(now))
+
+
 def test_training_with_the_penalty_ends_flatter_than_without() -> None:
     def final_rho(mu: float) -> float:
         model, (x, y) = mlp(), batch(40, 4)

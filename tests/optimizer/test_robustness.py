@@ -31,7 +31,7 @@ def test_an_interrupt_in_the_first_refresh_leaves_an_optimizer_that_goes_on(monk
     model = net()
     optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model)
     calls: list[int] = []
-    whole = tracker.power_step
+    whole = tracker.factors_times
 
     def interrupted(*args: Any) -> Any:
         calls.append(1)
@@ -40,7 +40,7 @@ def test_an_interrupt_in_the_first_refresh_leaves_an_optimizer_that_goes_on(monk
         return whole(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracker, "power_step", interrupted)
+        patch.setattr(tracker, "factors_times", interrupted)
         with pytest.raises(KeyboardInterrupt):
             step(model, optimizer)
     for _ in range(5):
@@ -175,7 +175,7 @@ class Switching(nn.Module):
 
 def test_a_layer_that_is_read_no_more_is_no_part_of_rho() -> None:
     model = Switching()
-    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.01), model, every=1)
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.01), model, every=1, survey_every=1)
     step(model, optimizer)
     model.mode = "off"
     step(model, optimizer)
