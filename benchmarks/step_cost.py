@@ -1,0 +1,329 @@
+"""What a step of FlatKFAC costs: time and peak memory, relative to the optimizer that it wraps.
+
+Every row trains the same network on the same batch with an optimizer of its own, one step of each in turn, so that
+whatever else the machine does meets all of them; the ratio to the bare step is taken round by round, and its median
+told. FlatKFAC's steps are of three kinds, each a row: between refreshes, a refresh that reads the layer which attains
+the maximum, and one that surveys all layers. What a schedule costs per step follows from these. Peak memory is that of
+a fresh process (on a GPU, of the allocator) over what it took before the network was made.
+
+Run it with ``python -m benchmarks.step_cost`` (``pip install -e ".[benchmark]"``); ``--help`` tells the options,
+``--widths`` measures one network at several widths instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+import kfac_flat
+from benchmarks.policy import CifarNet
+from benchmarks.pruner_speed import ROOT, cpu_name, progress_bar
+from benchmarks.saliency_cost import mlp, resnet18_cifar
+from benchmarks.torchvision_models import models
+from kfac_flat import FlatKFAC
+
+Ratios = dict[str, float]
+Make = Callable[[nn.Module], Optimizer]
+
+# ---------------------------------------------------------------- networks
+
+
+def vgg16_bn_cifar() -> tuple[nn.Module, tuple[int, ...]]:
+    """VGG-16 with BatchNorm for images of 32 x 32 pixels: one linear layer behind the convolutions."""
+    features = models.vgg16_bn(num_classes=10).features
+    return nn.Sequential(features, nn.Flatten(), nn.Linear(512, 10)), (3, 32, 32)
+
+
+def small_vit() -> tuple[nn.Module, tuple[int, ...]]:
+    """Four blocks of width 128 on patches of 4 x 4 pixels."""
+    vit = models.VisionTransformer(
+        image_size=32, patch_size=4, num_layers=4, num_heads=4, hidden_dim=128, mlp_dim=256, num_classes=10
+    )
+    return vit, (3, 32, 32)
+
+
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, tuple[int, ...]]]] = {
+    "resnet18": resnet18_cifar,
+    "vgg16_bn": vgg16_bn_cifar,
+    "mlp": mlp,
+    "vit": small_vit,
+}
+
+# ---------------------------------------------------------------- rows
+
+NEVER = 10**9
+
+
+def sgd(model: nn.Module) -> Optimizer:
+    """Make the bare optimizer."""
+    return SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+
+def flat(**options: Any) -> Make:
+    """Make FlatKFAC around it."""
+    return lambda model: FlatKFAC(sgd(model), model, **options)
+
+
+BARE, BETWEEN = "bare SGD", "between refreshes"
+ROWS: dict[str, Make] = {
+    BARE: sgd,
+    BETWEEN: flat(every=NEVER),
+    "refresh, half batch": flat(every=1, survey_every=NEVER, batch_fraction=0.5),
+    "survey, half batch": flat(every=1, survey_every=1, batch_fraction=0.5),
+    "refresh, full batch": flat(every=1, survey_every=NEVER, batch_fraction=1.0),
+    "survey, full batch": flat(every=1, survey_every=1, batch_fraction=1.0),
+    "exact factors and eigh, full batch": flat(every=1, survey_every=1, batch_fraction=1.0, eigenpairs="exact"),
+}
+# Steps from refresh to refresh, refreshes from survey to survey, share of the batch.
+SCHEDULES = {
+    "default": None,
+    "every=1, full batch": (1, 4, "full"),
+    **{f"every={every}": (every, 4, "half") for every in (4, 8, 16)},
+}
+
+
+def per_step(ratios: Ratios, every: int, survey_every: int, part: str) -> float:
+    """Mean cost of a step under a schedule, from the costs of its three kinds of steps."""
+    refresh, survey = ratios[f"refresh, {part} batch"], ratios[f"survey, {part} batch"]
+    refreshes = (survey + (survey_every - 1) * refresh) / survey_every
+    return (refreshes + (every - 1) * ratios[BETWEEN]) / every
+
+
+def default_schedule() -> tuple[int, int, str]:
+    """Read FlatKFAC's own defaults."""
+    defaults = FlatKFAC.__init__.__kwdefaults__
+    part = {0.5: "half", 1.0: "full"}[defaults["batch_fraction"]]
+    return defaults["every"], defaults["survey_every"], part
+
+
+# ---------------------------------------------------------------- measuring
+
+
+class Subject:
+    """A network in training under one row's optimizer."""
+
+    def __init__(self, model: nn.Module, make: Make, shape: Sequence[int], options: argparse.Namespace) -> None:
+        device = torch.device(options.device)
+        memory = torch.channels_last if options.channels_last and len(shape) == 3 else torch.contiguous_format
+        self.model = model.to(device, memory_format=memory)  # type: ignore[call-overload]
+        self.optimizer = make(self.model)
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(options.batch_size, *shape, generator=generator)
+        self.x: Tensor = x.to(device, memory_format=memory)  # type: ignore[call-overload]
+        self.y = torch.randint(10, (options.batch_size,), generator=generator).to(device)
+        self.bfloat16 = options.bfloat16
+
+    def step(self) -> None:
+        """Make one step as a training loop does."""
+        self.optimizer.zero_grad()
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            loss = nn.functional.cross_entropy(self.model(self.x), self.y)
+        loss.backward()
+        self.optimizer.step()
+
+    def seconds(self) -> float:
+        """Time one step, on the device as well."""
+        start = time.perf_counter()
+        self.step()
+        if self.x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def time_ratios(
+    network: tuple[nn.Module, tuple[int, ...]],
+    rows: Mapping[str, Make],
+    options: argparse.Namespace,
+    on_round: Callable[[], None],
+) -> tuple[float, Ratios]:
+    """Return the median seconds of a bare step, and each row's median ratio to the bare step of the same round."""
+    model, shape = network
+    subjects = {name: Subject(copy.deepcopy(model), make, shape, options) for name, make in rows.items()}
+    rounds: list[dict[str, float]] = []
+    for number in range(options.repetitions + 2):
+        times = {name: subject.seconds() for name, subject in subjects.items()}
+        if number > 1:  # the first look at a batch takes twenty power steps
+            rounds.append(times)
+        on_round()
+    ratios = {name: median(times[name] / times[BARE] for times in rounds) for name in rows}
+    return median(times[BARE] for times in rounds), ratios
+
+
+def peak_memory(network: str, row: str, options: argparse.Namespace) -> float:
+    """Peak memory in MiB of three steps, over what the process took before."""
+    model, shape = NETWORKS[network]()
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = _peak(options.device)
+    subject = Subject(model, ROWS[row], shape, options)
+    for _ in range(3):
+        subject.step()
+    return _peak(options.device) - before
+
+
+def _peak(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def memory_in_fresh_process(network: str, row: str, options: argparse.Namespace) -> float:
+    """Measure peak memory where nothing else has been."""
+    flags = [f"--{flag.replace('_', '-')}" for flag in ("channels_last", "bfloat16") if getattr(options, flag)]
+    sizes = ["--batch-size", str(options.batch_size), "--threads", str(options.threads), "--device", options.device]
+    command = [sys.executable, "-m", "benchmarks.step_cost", "--memory-of", network, row, *flags, *sizes]
+    return float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def cost_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Ratios to the bare optimizer, time then memory, a column for each network."""
+    table = Table(box=SIMPLE_HEAD, title="Cost of a step relative to bare SGD: time (peak memory)")
+    table.add_column("")
+    for name in found:
+        table.add_column(name, justify="right")
+    for row in next(iter(found.values()))["time"]:
+        cells = []
+        for result in found.values():
+            memory = result["memory"].get(row)
+            cells.append(f"{result['time'][row]:.2f}" + ("" if memory is None else f" ({memory:.2f})"))
+        table.add_row(row, *cells)
+    table.add_row("seconds of a bare step", *(f"{result['seconds']:.3f}" for result in found.values()))
+    return table
+
+
+def with_schedules(ratios: Ratios) -> Ratios:
+    """Add what whole schedules cost per step."""
+    schedules = {name: schedule or default_schedule() for name, schedule in SCHEDULES.items()}
+    return {**ratios, **{name: per_step(ratios, *schedule) for name, schedule in schedules.items()}}
+
+
+def measure_networks(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], Table]:
+    """Time every row on every network, and take the memory of each."""
+    found: dict[str, Any] = {}
+    with progress(console, len(options.models) * (options.repetitions + 2 + len(ROWS) * options.memory)) as advance:
+        for name in options.models:
+            torch.manual_seed(0)
+            seconds, ratios = time_ratios(NETWORKS[name](), ROWS, options, advance)
+            memory: dict[str, float] = {}
+            for row in ROWS if options.memory else ():
+                memory[row] = memory_in_fresh_process(name, row, options)
+                advance()
+            relative = {row: mebibytes / memory[BARE] for row, mebibytes in memory.items()}
+            found[name] = {"seconds": seconds, "time": with_schedules(ratios), "memory": relative}
+    return found, cost_table(found)
+
+
+def measure_widths(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], Table]:
+    """Time a residual network for 16 x 16 images at several widths."""
+    found: dict[str, Any] = {}
+    with progress(console, len(options.widths) * (options.repetitions + 2)) as advance:
+        for width in options.widths:
+            torch.manual_seed(0)
+            seconds, ratios = time_ratios((CifarNet(width), (3, 16, 16)), ROWS, options, advance)
+            found[f"width {width}"] = {"seconds": seconds, "time": with_schedules(ratios), "memory": {}}
+    return found, cost_table(found)
+
+
+@contextlib.contextmanager
+def progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
+    """Show how much is done."""
+    with progress_bar(console) as bar:
+        task = bar.add_task("rounds", total=total)
+        yield lambda: bar.advance(task)
+
+
+def circumstances(options: argparse.Namespace) -> dict[str, Any]:
+    """Say with what, on what and when this was measured."""
+    cuda = options.device == "cuda"
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "backpack-for-pytorch")}
+    return {
+        "command": options.command,
+        "versions": {"python": platform.python_version(), "kfac-flat": kfac_flat.__version__, **versions},
+        "hardware": {
+            "cpu": cpu_name(),
+            "threads": options.threads,
+            "gpu": torch.cuda.get_device_name() if cuda else None,
+        },
+        "batch size": options.batch_size,
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        print(peak_memory(*options.memory_of, options))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    measure = measure_widths if options.widths else measure_networks
+    found, table = measure(options, console)
+    console.print(table)
+    about = circumstances(options)
+    path = options.out / f"{options.name}.json"
+    path.write_text(json.dumps({**about, "results": found}, indent=2) + "\n")
+    with path.with_suffix(".txt").open("w") as file:
+        plain = Console(file=file, width=160)
+        plain.print(table)
+        for what, value in about.items():
+            plain.print(f"{what}: {value}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"Written to {path}")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_cost",
+        description="Time FlatKFAC's steps beside the bare optimizer's.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--models", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), help="networks")
+    parser.add_argument("--widths", nargs="+", type=int, help="measure a residual network at these widths instead")
+    parser.add_argument("--batch-size", type=int, default=32, help="examples")
+    parser.add_argument("--repetitions", type=int, default=15, help="timed steps of each row")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--bfloat16", action="store_true", help="under autocast")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step_cost"), help="folder for results")
+    parser.add_argument("--name", default="cpu", help="of the files there")
+    parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "ROW"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    for name in ("batch_size", "repetitions", "threads"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    options.command = f"{parser.prog} {shlex.join(sys.argv[1:] if arguments is None else arguments)}".rstrip()
+    return options
+
+
+if __name__ == "__main__":
+    main()
