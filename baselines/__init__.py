@@ -1,5 +1,6 @@
 """Methods that kfac_flat is compared with, on the same interface: each prunes or wraps as its counterpart does."""
 
 from baselines.magnitude import MagnitudePruner
+from baselines.sam import SAM
 
-__all__ = ["MagnitudePruner"]
+__all__ = ["SAM", "MagnitudePruner"]
