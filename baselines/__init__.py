@@ -2,5 +2,6 @@
 
 from baselines.magnitude import MagnitudePruner
 from baselines.sam import SAM
+from baselines.spectral_radius import SpectralRadius
 
-__all__ = ["SAM", "MagnitudePruner"]
+__all__ = ["SAM", "MagnitudePruner", "SpectralRadius"]
