@@ -1,5 +1,7 @@
 """Methods that kfac_flat is compared with, on the same interface: each prunes or wraps as its counterpart does."""
 
 from baselines.magnitude import MagnitudePruner
+from baselines.sam import SAM
+from baselines.spectral_radius import SpectralRadius
 
-__all__ = ["MagnitudePruner"]
+__all__ = ["SAM", "MagnitudePruner", "SpectralRadius"]

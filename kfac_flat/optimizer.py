@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from kfac_flat.averaging import mean_over_processes, processes, rank
 from kfac_flat.changes import Change, setting
@@ -22,7 +21,8 @@ from kfac_flat.curvature.likelihood import Likelihood, resolve
 from kfac_flat.curvature.tracker import HostCopy, RadiusGradient, RadiusTracker
 from kfac_flat.curvature.twin import layer_names, unread_modules
 from kfac_flat.recorder import CallRecorder, RecordedCall
-from kfac_flat.structure import Kept, unwrap
+from kfac_flat.structure import Kept
+from kfac_flat.wrapper import OptimizerWrapper
 
 Schedule = float | Callable[[int], float]
 
@@ -77,7 +77,7 @@ _CHOICES = {
 }
 
 
-class FlatKFAC(Optimizer):
+class FlatKFAC(OptimizerWrapper):
     """Wrap a torch optimizer so that it also minimises the spectral radius of the K-FAC curvature.
 
     The objective is ``loss + mu * max(0, rho - K)`` [Ebrahimi & Klabjan, arXiv 2111.08577, eq. 4] with
@@ -155,7 +155,6 @@ class FlatKFAC(Optimizer):
         clip: float | None = 1.0,
         seed: int = 0,
     ) -> None:
-        _check_types(optimizer, model)
         self._options = _Options(
             mu=mu,
             rho_max=rho_max,
@@ -171,10 +170,7 @@ class FlatKFAC(Optimizer):
             clip=clip,
             seed=seed,
         )
-        self.base, self.model, self._inner = optimizer, model, unwrap(model)
-        optimizer._kfac_flat = weakref.ref(self)  # type: ignore[attr-defined]  # for those who should be given this one
-        super().__setstate__({})  # torch's own way to give an optimizer its hook tables without touching its groups
-        self._parameters()  # raises where the optimizer's parameters are not the model's
+        super().__init__(optimizer, model)
         self._likelihood = resolve(likelihood)
         names = layer_names(self._inner, self._options.layers)
         self._unread = unread_modules(self._inner) if layers is None else {}
@@ -193,47 +189,6 @@ class FlatKFAC(Optimizer):
         self._skipped_host = HostCopy()
         self._warned = False
         self._calls, self._criterion_calls = self._attach_recorders()
-
-    # ---------------------------------------------------------------- one truth: the wrapped optimizer's
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's groups."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.base.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's state."""
-        return self.base.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.base.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's defaults."""
-        return self.base.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.base.defaults = value
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the wrapped optimizer."""
-        self.base.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, as the wrapped optimizer does."""
-        self.base.zero_grad(set_to_none)
-
-    def register_step_pre_hook(self, hook: Callable[..., Any]) -> RemovableHandle:
-        """Register a hook that sees the gradients the wrapped optimizer is about to apply, penalty included."""
-        return self.base.register_step_pre_hook(hook)
 
     # ---------------------------------------------------------------- reading
 
@@ -271,31 +226,8 @@ class FlatKFAC(Optimizer):
 
     # ---------------------------------------------------------------- stepping
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Add the penalty's gradient to ``p.grad`` and let the wrapped optimizer step.
-
-        Args:
-            closure: As the wrapped optimizer takes it: re-evaluates the model and returns the loss.
-
-        Returns:
-            What the wrapped optimizer returns.
-
-        Raises:
-            RuntimeError: if no forward pass of the model has been seen; model and optimizer are as before.
-        """
-        if closure is None:
-            self._add_penalty()
-            return self.base.step()
-
-        def closure_with_penalty() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            self._add_penalty()
-            return loss
-
-        return self.base.step(closure_with_penalty)
-
-    def _add_penalty(self) -> None:
+    def _change_gradients(self) -> None:
+        """Add the penalty's gradient."""
         if self._value(self._options.mu) == 0:
             self._penalty, self._mask_terms = None, {}
         elif self._refreshes_next():
@@ -328,7 +260,7 @@ class FlatKFAC(Optimizer):
                 "FlatKFAC.step() has seen no forward pass of the model it was given since its last refresh: call that "
                 "model (not a copy or a part of it) with gradients enabled before step()"
             )
-        parameters = [p for p in self._parameters() if p.grad is not None and p.grad.layout == torch.strided]
+        parameters = self._parameters_with_gradient()
         if not parameters:  # the wrapped optimizer has nothing to do either
             self._penalty, self._mask_terms = None, {}
             self._forget_calls()
@@ -420,21 +352,9 @@ class FlatKFAC(Optimizer):
                 f"the criterion was last called on {call.batch_size} examples and the model on {batch_size}: with "
                 'fisher="empirical", call criterion(model(x), y) on the same batch'
             )
-        args, kwargs = call.first(examples)
-        seen = kwargs.pop("input", args[0] if args else None)  # the model's output, by name or by position
         factor = examples if reduction == "mean" else 1
-
-        def loss(output: Any) -> Tensor:
-            if getattr(output, "shape", None) != getattr(seen, "shape", ()):
-                raise ValueError(
-                    "the criterion was called on something else than the model's output, of shape "
-                    f"{list(getattr(seen, 'shape', ()))} and not {list(getattr(output, 'shape', ()))}: "
-                    "put what lies between into the model or into the criterion"
-                )
-            result: Tensor = criterion.forward(output, *args[1:], **kwargs).sum() * factor
-            return result
-
-        return loss
+        repeated = call.with_other_output(criterion, examples)
+        return lambda output: repeated(output).sum() * factor
 
     def _label_generator(self) -> torch.Generator:
         """Make the generator of one refresh: other labels at each and in each process, alike whenever it is resumed."""
@@ -442,17 +362,6 @@ class FlatKFAC(Optimizer):
         # Far-apart multiples, so that no seed's refresh meets another's.
         number = self._options.seed * 1_000_003 + self._steps * 7_368_787 + rank() * 2_147_483_647
         return torch.Generator(device).manual_seed(number % 2**63)
-
-    def _parameters(self) -> list[nn.Parameter]:
-        """The parameters that are both the optimizer's and the model's, in the optimizer's order."""
-        of_model = {id(p) for p in self._inner.parameters()}
-        shared = [p for p in self._all_parameters() if id(p) in of_model]
-        if not shared:
-            raise ValueError(
-                "none of the optimizer's parameters belongs to the model: build the optimizer from the parameters of "
-                "the very model given to FlatKFAC (a copied or re-created model has new ones)"
-            )
-        return shared
 
     def _attach_recorders(self) -> tuple[CallRecorder, CallRecorder | None]:
         """Watch the calls of model and criterion, only when the next step will use them."""
@@ -604,10 +513,6 @@ class FlatKFAC(Optimizer):
         if own["penalty"] is not None:
             self._penalty = {parameters[i]: g.to(parameters[i], copy=True) for i, g in own["penalty"].items()}
 
-    def _all_parameters(self) -> list[nn.Parameter]:
-        """Every parameter of the wrapped optimizer, in its order."""
-        return [p for group in self.param_groups for p in group["params"]]
-
     def __getstate__(self) -> dict[str, Any]:
         return {
             "base": self.base,
@@ -622,17 +527,3 @@ class FlatKFAC(Optimizer):
             return
         FlatKFAC.__init__(self, state["base"], state["model"], **state["options"])
         self._load_own(state["own"])
-
-
-def _check_types(optimizer: Any, model: Any) -> None:
-    if isinstance(optimizer, type):
-        raise TypeError(
-            f"FlatKFAC wraps an optimizer instance, not the class: "
-            f"FlatKFAC({optimizer.__name__}(model.parameters(), ...), model)"
-        )
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    if isinstance(optimizer, FlatKFAC):
-        raise TypeError("the optimizer is a FlatKFAC already; wrapped twice, it would add its penalty twice")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")

@@ -54,6 +54,27 @@ class RecordedCall:
         cut = map_tensors(lambda t: t[:examples] if t.dim() and len(t) == size else t, (self.args, self.kwargs))
         return cut[0], cut[1]
 
+    def with_other_output(self, criterion: nn.Module, examples: int) -> Callable[[Any], Tensor]:
+        """Return the criterion at the targets of this call of it, those of the first examples, as a function.
+
+        The function takes an output of the model, which must be of the shape of the one that the criterion was called
+        with, and returns what the criterion does.
+        """
+        args, kwargs = self.first(examples)
+        seen = kwargs.pop("input", args[0] if args else None)  # the model's output, by name or by position
+
+        def loss(output: Any) -> Tensor:
+            if getattr(output, "shape", None) != getattr(seen, "shape", ()):
+                raise ValueError(
+                    "the criterion was called on something else than the model's output, of shape "
+                    f"{list(getattr(seen, 'shape', ()))} and not {list(getattr(output, 'shape', ()))}: "
+                    "put what lies between into the model or into the criterion"
+                )
+            result: Tensor = criterion.forward(output, *args[1:], **kwargs)
+            return result
+
+        return loss
+
     @contextlib.contextmanager
     def conditions(self) -> Iterator[None]:
         """Run a block under the call's randomness and autocast, and leave both afterwards as they were before it."""

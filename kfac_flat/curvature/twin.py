@@ -94,13 +94,10 @@ class Twin:
         Raises:
             CalledTwiceError: if a layer is used more than once.
         """
-        args, kwargs = map_tensors(torch.clone, (args, dict(kwargs)))  # the model may work in place
         try:
             # Fused attention has no second derivative, the plain one does.
             with BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                self._follow()
-                with conditions():
-                    total = loss(self.model(*args, **kwargs))
+                total = self.run(args, kwargs, loss, conditions)
                 wanted = {name: layer for name, layer in self.layers.items() if only is None or name in only}
                 targets = [probe for layer in wanted.values() for probe in vars(layer).get("_probes", ())]
                 self._backward(total, targets, create_graph)
@@ -111,6 +108,20 @@ class Twin:
                 for leftover in ("_probes", "input0", "output"):
                     vars(layer).pop(leftover, None)
         return {name: data for name, data in found.items() if data is not None}
+
+    def run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        loss: Callable[[Any], Tensor],
+        conditions: Conditions = contextlib.nullcontext,
+    ) -> Tensor:
+        """Run the twin on a batch, all arguments as for :meth:`read`, and return the loss, which has a graph."""
+        args, kwargs = map_tensors(torch.clone, (args, dict(kwargs)))  # the model may work in place
+        with torch.enable_grad():
+            self._follow()
+            with conditions():
+                return loss(self.model(*args, **kwargs))
 
     def _backward(self, total: Tensor, targets: list[Tensor], create_graph: bool) -> None:
         """Let the gradient flow past every layer, computing no weight gradient but where nothing else leads there."""

@@ -79,9 +79,9 @@ def check_kinds(model: Any, optimizer: Any) -> None:
 
 def check_shared(model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse an optimizer that does not train the model, or whose penalty would be missed."""
-    wrapper = getattr(optimizer, "_kfac_flat", None)
-    if wrapper is not None and wrapper() is not None:
-        raise ValueError("give NeuronPruner the FlatKFAC itself, not the optimizer that it wraps")
+    wrapper = getattr(optimizer, "_wrapper", lambda: None)()
+    if wrapper is not None:
+        raise ValueError(f"give NeuronPruner the {type(wrapper).__name__} itself, not the optimizer that it wraps")
     of_model = {id(p) for p in model.parameters()}
     if not any(id(p) in of_model for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
