@@ -25,7 +25,7 @@ from kfac_flat.curvature.radius import (
     power_step,
     radius,
 )
-from kfac_flat.curvature.twin import BACKPACK, CalledTwiceError, Conditions, Twin, quiet_hooks
+from kfac_flat.curvature.twin import BACKPACK, CalledTwiceError, Conditions, Twin, layer_shape, quiet_hooks
 from kfac_flat.structure import Kept
 
 # Power steps on the very first batch, from random vectors; afterwards one per batch tracks the moving eigenvectors.
@@ -206,7 +206,7 @@ class RadiusTracker:
         self._publish(vectors, {name: r.to(device, copy=True) for name, r in state["radii"].items()})
 
     def _layer(self, name: str) -> Layer:
-        return self._model.get_submodule(name)  # type: ignore[return-value]
+        return layer_shape(self._model, name)
 
     def _read(
         self,
