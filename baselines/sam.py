@@ -128,7 +128,7 @@ class SAM(OptimizerWrapper):
         scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         total: list[Tensor | None] = [None] * len(parameters)
         for own in self._passes:
-            loss = self._twin.run(own.call.args, own.call.kwargs, own.loss, own.call.conditions)
+            _, loss = self._twin.run(own.call.args, own.call.kwargs, own.loss, own.call.conditions)
             found = torch.autograd.grad(loss, parameters, own.gradient, allow_unused=True)
             total = [
                 t if g is None else g / scale if t is None else t + g / scale for t, g in zip(total, found, strict=True)

@@ -169,7 +169,8 @@ class HessianTracker:
         if self._twin is None or not self._twin.is_current():
             self._twin = Twin(self._model, [])
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            mean = self._twin.run(args, kwargs, loss, conditions) / batch_size((args, kwargs))
+            _, total = self._twin.run(args, kwargs, loss, conditions)
+        mean = total / batch_size((args, kwargs))
         v, product = self._power_iteration(mean, parameters)
         quotient = torch.stack([(x * y).sum() for x, y in zip(v, product, strict=True)]).sum()
         found: list[Tensor | None] = [None] * len(parameters)

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from kfac_flat.attention import kept_by_projections
 from kfac_flat.averaging import mean_over_processes, processes, rank
 from kfac_flat.changes import Change, setting
 from kfac_flat.curvature.likelihood import Likelihood, resolve
 from kfac_flat.curvature.tracker import HostCopy, RadiusGradient, RadiusTracker
-from kfac_flat.curvature.twin import layer_names, unread_modules
+from kfac_flat.curvature.twin import layer_names, unread_modules, weight_of
 from kfac_flat.recorder import CallRecorder, RecordedCall
 from kfac_flat.structure import Kept
 from kfac_flat.wrapper import OptimizerWrapper
@@ -220,7 +221,7 @@ class FlatKFAC(OptimizerWrapper):
         """
         terms: dict[nn.Parameter, Tensor] = {}
         for name, term in self._mask_terms.items():
-            weight: nn.Parameter = self._inner.get_submodule(name).weight  # type: ignore[assignment]
+            weight = weight_of(self._inner, name)
             terms[weight] = term * self._factor + terms.get(weight, 0.0)  # layers may share a weight
         return terms
 
@@ -408,6 +409,7 @@ class FlatKFAC(OptimizerWrapper):
         Returns:
             What puts the result in place, to be made together with the cut of the parameters.
         """
+        kept = kept_by_projections(self._inner, kept)
         eigenvectors = self._tracker.selected(kept)
         penalty = None if self._penalty is None else {p: select(p, g) for p, g in self._penalty.items()}
         mask_terms = {
@@ -434,6 +436,7 @@ class FlatKFAC(OptimizerWrapper):
         Returns:
             A function that prepares to put it back. A penalty computed since then that lacks a part is computed anew.
         """
+        kept = kept_by_projections(self._inner, kept)
         vectors, norm = self._tracker.eigenvectors, self._penalty_norm
         penalty = {p: join(p, g) for p, g in (self._penalty or {}).items()}
         masks = dict(self._mask_terms)

@@ -11,7 +11,7 @@ adjoint is one step of power iteration.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -112,20 +112,27 @@ class LayerData:
         layer: The layer.
         a: Its input, ``[N, ...]``.
         g: The per-example loss gradient at its output (the gradient of the SUM of the example losses), ``[N, ...]``.
+        examples: N, where the first axis of ``a`` is something else: time, windows of an image, all words of a batch.
     """
 
     layer: Layer
     a: Tensor
     g: Tensor
+    examples: int | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of examples, N."""
+        return self.examples or len(self.a)
 
     def detach(self) -> LayerData:
         """Return the same numbers without their graph."""
-        return LayerData(self.layer, self.a.detach(), self.g.detach())
+        return replace(self, a=self.a.detach(), g=self.g.detach())
 
     def to_working_precision(self) -> LayerData:
         """Return the data in the weight's dtype, at least float32: squares of half-precision gradients underflow."""
         dtype = torch.promote_types(self.layer.weight.dtype, torch.float32)
-        return LayerData(self.layer, self.a.to(dtype), self.g.to(dtype))
+        return replace(self, a=self.a.to(dtype), g=self.g.to(dtype))
 
 
 def eigenvalues(data: LayerData, v: Eigenvectors) -> tuple[Tensor, Tensor]:
@@ -136,7 +143,7 @@ def eigenvalues(data: LayerData, v: Eigenvectors) -> tuple[Tensor, Tensor]:
     """
     along_a = project_input(data.layer, data.a, v.A)
     along_g = torch.einsum("ngct,gc->ngt", output_gradients(data.layer, data.g), v.G)
-    lambda_A = along_a.square().sum((0, 2)) / along_a.shape[0]
+    lambda_A = along_a.square().sum((0, 2)) / data.batch_size
     lambda_G = along_g.square().mean((0, 2))
     return lambda_A, lambda_G
 
@@ -170,13 +177,13 @@ def factors_times(data: LayerData, v: Eigenvectors) -> tuple[Tensor, Tensor]:
     gradients = output_gradients(data.layer, data.g)
     along_g = torch.einsum("ngct,gc->ngt", gradients, v.G)
     G_v = torch.einsum("ngct,ngt->gc", gradients, along_g)
-    return A_v / len(along_a), G_v / (len(along_g) * along_g.shape[-1])
+    return A_v / data.batch_size, G_v / (len(along_g) * along_g.shape[-1])
 
 
 def factors(data: LayerData) -> tuple[Tensor, Tensor]:
     """Form A, ``[groups, d_in, d_in]``, and G, ``[groups, d_out, d_out]``: for tests and small nets."""
     data = data.detach()
-    return input_factor(data.layer, data.a), output_factor(data.layer, data.g)
+    return input_factor(data.layer, data.a) * (len(data.a) / data.batch_size), output_factor(data.layer, data.g)
 
 
 def top_eigenvectors(A: Tensor, G: Tensor) -> Eigenvectors:

@@ -26,7 +26,7 @@ from kfac_flat.curvature.radius import (
     product_rule,
     top_eigenvectors,
 )
-from kfac_flat.curvature.twin import BACKPACK, CalledTwiceError, Conditions, Twin, quiet_hooks
+from kfac_flat.curvature.twin import BACKPACK, CalledTwiceError, Conditions, Twin, layer_shape, quiet_hooks
 from kfac_flat.structure import Kept
 
 # Power steps on the very first batch, from random vectors; afterwards one per batch tracks the moving eigenvectors.
@@ -239,7 +239,7 @@ class RadiusTracker:
         self._publish(vectors, {name: r.to(device, copy=True) for name, r in state["radii"].items()})
 
     def _layer(self, name: str) -> Layer:
-        return self._model.get_submodule(name)  # type: ignore[return-value]
+        return layer_shape(self._model, name)
 
     def _read(
         self,
@@ -356,4 +356,4 @@ class RadiusTracker:
 
 def _examples(seen: Mapping[str, LayerData]) -> int:
     """Size of the batch."""
-    return len(next(iter(seen.values())).a)
+    return next(iter(seen.values())).batch_size

@@ -15,6 +15,7 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -22,10 +23,11 @@ from backpack import backpack, extend
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kfac_flat.attention import PROJECTIONS, call_projections, is_attention, projection_parameters, projections
 from kfac_flat.curvature.extension import LayerDataExtension
 from kfac_flat.curvature.layers import Layer, is_layer
 from kfac_flat.curvature.radius import LayerData
-from kfac_flat.nested import map_tensors
+from kfac_flat.nested import batch_size, map_tensors
 from kfac_flat.structure import structural_copy
 
 # BackPACK keeps what is active in a global place, so one backward pass over twins at a time.
@@ -47,7 +49,7 @@ class Twin:
 
     Args:
         model: The user's model.
-        names: Names of the Linear and Conv2d modules to read.
+        names: Names of the layers to read, as :func:`layer_names` gives them.
 
     Raises:
         TypeError: if the model's structure cannot be copied.
@@ -58,6 +60,9 @@ class Twin:
         self._fingerprint = _fingerprint(model)
         self.model = structural_copy(model, lambda t: t if isinstance(t, nn.Parameter) else t.detach().clone())
         self._pairs = list(zip(model.modules(), self.model.modules(), strict=True))
+        for module in list(self.model.modules()):
+            if is_attention(module):
+                call_projections(module)
         self.layers: dict[str, Layer] = {name: self.model.get_submodule(name) for name in names}  # type: ignore[misc]
         for layer in self.layers.values():
             layer.__class__ = _probed(type(layer))  # type: ignore[assignment, arg-type]
@@ -97,7 +102,7 @@ class Twin:
         try:
             # Fused attention has no second derivative, the plain one does.
             with BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                total = self.run(args, kwargs, loss, conditions)
+                output, total = self.run(args, kwargs, loss, conditions)
                 wanted = {name: layer for name, layer in self.layers.items() if only is None or name in only}
                 targets = [probe for layer in wanted.values() for probe in vars(layer).get("_probes", ())]
                 self._backward(total, targets, create_graph)
@@ -107,7 +112,10 @@ class Twin:
                 self._extension.collect(layer)
                 for leftover in ("_probes", "input0", "output"):
                     vars(layer).pop(leftover, None)
-        return {name: data for name, data in found.items() if data is not None}
+                # Part of a parameter, which could not be swapped for a smaller one while this refers to it.
+                vars(layer).update({key: t.detach() for key, t in vars(layer).items() if isinstance(t, Tensor)})
+        examples = batch_size(output) or None
+        return {name: replace(data, examples=examples) for name, data in found.items() if data is not None}
 
     def run(
         self,
@@ -115,13 +123,14 @@ class Twin:
         kwargs: Mapping[str, Any],
         loss: Callable[[Any], Tensor],
         conditions: Conditions = contextlib.nullcontext,
-    ) -> Tensor:
-        """Run the twin on a batch, all arguments as for :meth:`read`, and return the loss, which has a graph."""
+    ) -> tuple[Any, Tensor]:
+        """Run the twin on a batch, all arguments as for :meth:`read`; returns its output and the loss, with graphs."""
         args, kwargs = map_tensors(torch.clone, (args, dict(kwargs)))  # the model may work in place
         with torch.enable_grad():
             self._follow()
             with conditions():
-                return loss(self.model(*args, **kwargs))
+                output = self.model(*args, **kwargs)
+                return output, loss(output)
 
     def _backward(self, total: Tensor, targets: list[Tensor], create_graph: bool) -> None:
         """Let the gradient flow past every layer, computing no weight gradient but where nothing else leads there."""
@@ -163,7 +172,8 @@ class _Probe(nn.Module):
         if "_probes" in vars(self):
             raise CalledTwiceError(self)
         # The gradient of the input flows past BackPACK's hook; where the input needs none, that of a parameter does.
-        vars(self)["_probes"] = [t for t in (input, *self.parameters()) if t.requires_grad][:1]
+        candidates = (input, *self.parameters(), *(t for t in vars(self).values() if isinstance(t, Tensor)))
+        vars(self)["_probes"] = [t for t in candidates if t.requires_grad][:1]
         output: Tensor = super().__call__(input)
         return output.clone()
 
@@ -175,16 +185,19 @@ def _probed(kind: Any) -> type[nn.Module]:
 
 
 def layer_names(model: nn.Module, only: Iterable[str | type[nn.Module]] | None = None) -> list[str]:
-    """Names of the model's Linear and Conv2d modules, each module once, optionally only some of them.
+    """Names of the model's Linear and Conv2d layers, each module once, optionally only some of them.
+
+    The projections of ``nn.MultiheadAttention`` are Linear layers as well: ``q_proj``, ``k_proj`` and ``v_proj``, even
+    where one matrix holds all three, and ``out_proj``.
 
     Args:
         model: The model.
-        only: Module names (shell patterns such as ``"blocks.*"`` allowed) or classes.
+        only: Names (shell patterns such as ``"blocks.*"`` allowed) or classes.
 
     Raises:
         ValueError: if nothing is left, saying why.
     """
-    layers = {name: module for name, module in model.named_modules() if is_layer(module)}
+    layers = _layers(model)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no Linear or Conv2d layer, so it has no Kronecker curvature to read"
@@ -202,16 +215,47 @@ def layer_names(model: nn.Module, only: Iterable[str | type[nn.Module]] | None =
     return [name for name in layers if name in chosen]
 
 
+def layer_shape(model: nn.Module, name: str) -> Layer:
+    """Return the layer of this name, or one of its size where it is a part of attention."""
+    holder, _, projection = name.rpartition(".")
+    module = model.get_submodule(holder)
+    found = projections(module).get(projection) if is_attention(module) else None
+    return model.get_submodule(name) if found is None else found  # type: ignore[return-value]
+
+
+def weight_of(model: nn.Module, name: str) -> nn.Parameter:
+    """Return the parameter in which the layer of this name keeps its weight, perhaps among others."""
+    holder, _, projection = name.rpartition(".")
+    module = model.get_submodule(holder)
+    if is_attention(module) and projection in PROJECTIONS:
+        return projection_parameters(module)[PROJECTIONS.index(projection)]
+    weight: nn.Parameter = model.get_submodule(name).weight  # type: ignore[assignment]
+    return weight
+
+
 def unread_modules(model: nn.Module) -> dict[str, str]:
     """Modules with a weight matrix whose curvature is not read, by name, and why."""
     unread: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            unread[name] = "MultiheadAttention uses its weights without calling the layers that hold them"
-            unread[f"{name}.out_proj"] = unread[name]
+            if not is_attention(module):
+                unread[name] = f"{type(module).__name__} has a forward of its own, unlike torch's MultiheadAttention"
+                unread[f"{name}.out_proj"] = f"part of {type(module).__name__}, which has a forward of its own"
         elif not is_layer(module) and any(p is not None and p.dim() > 1 for p in module._parameters.values()):
             unread[name] = f"{type(module).__name__} has no rule: only Linear and Conv2d are read"
     return unread
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that can be read, by name; of a part of attention, one of its size."""
+    layers: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if is_attention(module):
+            prefix = f"{name}." if name else ""
+            layers |= {prefix + part: layer for part, layer in projections(module).items()}
+        elif is_layer(module):
+            layers[name] = module
+    return layers
 
 
 def _matches(name: str, module: nn.Module, choice: str | type[nn.Module]) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kfac_flat.pruning.attention import FewerHeadsAttention
+from kfac_flat import attention
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -35,7 +35,7 @@ def is_attention(module: nn.Module) -> bool:
     """Tell whether the module is torch's multi-head attention over sequences of one width."""
     return (
         isinstance(module, nn.MultiheadAttention)
-        and type(module).forward in (nn.MultiheadAttention.forward, FewerHeadsAttention.forward)
+        and attention.is_attention(module)
         and module._parameters.get("in_proj_weight") is not None  # asked of no attribute: that would be traced
         and module.bias_k is None
         and not module.add_zero_attn

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kfac_flat.attention import FewerHeadsAttention
 from kfac_flat.nested import map_tensors
 from kfac_flat.pruning import layers
-from kfac_flat.pruning.attention import FewerHeadsAttention
 from kfac_flat.pruning.ids import FIXED, along, compact, fixed, narrowed, read_along, varying_dims
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kfac_flat.attention import FewerHeadsAttention
 from kfac_flat.changes import Change, make_all, setting, updating
 from kfac_flat.pruning import layers
-from kfac_flat.pruning.attention import FewerHeadsAttention
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.structure import Kept
 

@@ -296,35 +296,6 @@ def test_dropout_in_the_twin_draws_the_mask_of_the_models_own_pass(steps: int) -
     assert optimizer.radii()["2"] == pytest.approx(expected, rel=1e-9)
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.attention, self.head = nn.Linear(4, 4), nn.MultiheadAttention(4, 2), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x).transpose(0, 1)
-        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(0))
-
-
-def test_layers_around_fused_attention_have_the_right_gradient() -> None:
-    model = seeded(Attention)
-    x, y = batch(5, 3, 4)
-    names = ["embed", "head"]
-    seen = tracker(model, names).gradient((x,), {}, cross_entropy_sum(y), list(model.parameters()))
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        rho, expected = reference.rho_and_gradient(model, cross_entropy_sum(y), x, reduction="sum", names=names)
-    assert torch.isclose(seen.rho, rho, rtol=1e-9, atol=0)
-    reference.assert_gradients_close(seen.parameters, expected)
-
-
-def test_attention_whose_output_layer_is_never_called_does_not_disturb() -> None:
-    """MultiheadAttention reads the weight of its ``out_proj`` and never calls it."""
-    model = seeded(Attention)
-    optimizer, criterion = exact(model)
-    x, y = batch(5, 3, 4)
-    assert measured(optimizer, criterion, model, x, y).keys() == {"embed", "head"}
-
-
 @pytest.mark.parametrize("position", [0, 2, 4])
 @pytest.mark.parametrize(
     "constrain",

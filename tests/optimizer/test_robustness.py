@@ -256,10 +256,3 @@ def test_a_single_output_is_no_categorical_distribution() -> None:
     model(torch.randn(6, 4)).square().mean().backward()
     with pytest.raises(ValueError, match=r'likelihood="bernoulli".*likelihood="gaussian"'):
         optimizer.step()
-
-
-def test_layers_whose_curvature_is_not_read_are_named() -> None:
-    layers = {"one": nn.Conv1d(2, 3, 1), "two": nn.MultiheadAttention(4, 2), "three": nn.Embedding(5, 4)}
-    model = nn.ModuleDict({**layers, "four": nn.Linear(4, 3)})
-    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model)
-    assert set(optimizer.skipped_layers) == {"one", "two", "two.out_proj", "three"}

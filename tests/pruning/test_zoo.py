@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfac_flat.pruning.attention import FewerHeadsAttention
+from kfac_flat.attention import FewerHeadsAttention
 from tests.pruning.lifecycle import Pruned, assert_all_is_well, attentions_of, pruned
 from tests.pruning.zoo import HEADS, ZOO
 

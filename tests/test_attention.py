@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac_flat.pruning.attention import FewerHeadsAttention
+from kfac_flat.attention import FewerHeadsAttention
 from tests.pruning.masking import distance
 
 WIDTH, HEADS, EXAMPLES, QUERIES, KEYS = 12, 3, 4, 5, 7
@@ -108,11 +108,44 @@ def test_dropout_falls_on_the_weights_in_train_mode_only() -> None:
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_a_mask_for_every_head_is_refused(need_weights: bool) -> None:
+@pytest.mark.parametrize("added", [True, False])
+def test_a_mask_may_differ_from_head_to_head(need_weights: bool, added: bool) -> None:
+    theirs, ours = attention()
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(EXAMPLES * HEADS, QUERIES, KEYS, generator=generator, dtype=torch.float64)
+    options = {"attn_mask": mask if added else mask > 0.6, "key_padding_mask": None, "need_weights": need_weights}
+    args = sequences()
+    assert distance(results(ours, args, **options), results(theirs, args, **options)) < 1e-12
+    assert distance(results(ours, args, need_weights=need_weights), results(theirs, args, **options)) > 1e-3
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_a_mask_for_heads_that_are_gone_is_refused(need_weights: bool) -> None:
     _, ours = attention()
-    mask = torch.zeros(EXAMPLES * HEADS, QUERIES, KEYS, dtype=torch.bool)
-    with pytest.raises(ValueError, match="differs from head to head"):
+    mask = torch.zeros(EXAMPLES * (HEADS + 1), QUERIES, KEYS, dtype=torch.bool)
+    with pytest.raises(ValueError, match="4 examples with 3 heads each are left"):
         ours(*sequences(), attn_mask=mask, need_weights=need_weights)
+
+
+@pytest.mark.parametrize("mask", [mask for mask in MASKS if mask != "causal"])  # where torch masks what is appended
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"add_bias_kv": True},
+        {"add_zero_attn": True},
+        {"add_bias_kv": True, "add_zero_attn": True},
+        {"kdim": 5, "vdim": 7},
+        {"kdim": 5, "bias": False, "add_bias_kv": True},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_keys_and_values_of_its_own_or_other_widths_are_as_in_torch(options: dict[str, Any], mask: str) -> None:
+    theirs, ours = attention(**options)
+    q, k, v = sequences()
+    args = [q, k[..., : options.get("kdim", WIDTH)], v[..., : options.get("vdim", WIDTH)]]
+    for need_weights in (True, False):
+        expected, found = (results(m, args, need_weights=need_weights, **MASKS[mask]) for m in (theirs, ours))
+        assert distance(found, expected) < 1e-12
 
 
 def test_the_hint_that_attention_is_causal_asks_for_the_mask_as_torchs_does() -> None:
