@@ -1,7 +1,8 @@
 """Methods that kfac_flat is compared with, on the same interface: each prunes or wraps as its counterpart does."""
 
+from baselines.data_free import DataFreePruner
 from baselines.magnitude import MagnitudePruner
 from baselines.sam import SAM
 from baselines.spectral_radius import SpectralRadius
 
-__all__ = ["SAM", "MagnitudePruner", "SpectralRadius"]
+__all__ = ["SAM", "DataFreePruner", "MagnitudePruner", "SpectralRadius"]
