@@ -150,8 +150,11 @@ class RadiusTracker:
         try:
             gradients = _differentiate(rho, parameters)
         except RuntimeError as error:
-            if "derivative" not in str(error) or "not implemented" not in str(error):
+            if not _tells_of_no_derivative(error):
                 raise
+            if len(active) > 1:  # not all of them need be at fault
+                seen = self._read(args, kwargs, loss, conditions, create_graph=True)
+                active = {name for name in active if not _has_derivative(radius(seen[name], vectors[name]), parameters)}
             self._leave_out(active, f"something behind it has no second derivative: {error}")
             return self.gradient(args, kwargs, loss, parameters, conditions)
         self._publish(vectors, {name: of_groups.max() for name, of_groups in radii.items()})
@@ -288,9 +291,26 @@ class RadiusTracker:
             self._host_radii.put(torch.stack([r.double() for r in self.radii.values()]))
 
 
-def _differentiate(rho: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-    """Return d rho / d p for each parameter, None where rho does not depend on it."""
+def _differentiate(rho: Tensor, parameters: Sequence[nn.Parameter], again: bool = False) -> list[Tensor | None]:
+    """Return d rho / d p for each parameter, None where rho does not depend on it; ``again`` keeps the graph."""
     if not rho.requires_grad:
         return [None] * len(parameters)
     with BACKPACK, quiet_hooks():
-        return list(torch.autograd.grad(rho, parameters, allow_unused=True))
+        return list(torch.autograd.grad(rho, parameters, allow_unused=True, retain_graph=again))
+
+
+def _has_derivative(rho: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
+    """Tell whether everything between the parameters and rho can be differentiated twice."""
+    try:
+        _differentiate(rho, parameters, again=True)
+    except RuntimeError as error:
+        if not _tells_of_no_derivative(error):
+            raise
+        return False
+    return True
+
+
+def _tells_of_no_derivative(error: RuntimeError) -> bool:
+    """Recognise torch's complaints of an operation that can be differentiated once only."""
+    text = str(error)
+    return ("derivative" in text and "not implemented" in text) or "once_differentiable" in text
