@@ -95,6 +95,8 @@ class SAM(OptimizerWrapper):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the wrapped optimizer does."""
         self._passes = []
+        for calls in (self._calls, self._criterion_calls):
+            calls.forget_finished()
         super().zero_grad(set_to_none)
 
     # ---------------------------------------------------------------- stepping
@@ -169,7 +171,7 @@ class SAM(OptimizerWrapper):
 
     def _watch(self, loss: Tensor) -> None:
         """Wait for a result of the criterion to be backpropagated."""
-        call, of_criterion = self._calls.last, self._criterion_calls.last
+        call, of_criterion = self._calls.latest(), self._criterion_calls.latest()
         if call is not None and of_criterion is not None:
             loss.register_hook(functools.partial(self._note, call, of_criterion))  # type: ignore[no-untyped-call]
 
@@ -184,7 +186,8 @@ class SAM(OptimizerWrapper):
     def _forget(self) -> None:
         """Let go of the batch."""
         self._passes = []
-        self._calls.last = self._criterion_calls.last = None
+        self._calls.forget()
+        self._criterion_calls.forget()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor in ``value``, in order."""
-    if isinstance(value, Tensor):
+def tensors(value: Any, packed: bool = False) -> Iterator[Any]:
+    """Yield every tensor in ``value``, in order; packed sequences as such, if asked for, or what they consist of."""
+    if isinstance(value, Tensor) or (packed and isinstance(value, PackedSequence)):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from tensors(item)
+            yield from tensors(item, packed)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from tensors(item)
+            yield from tensors(item, packed)
 
 
 def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
@@ -38,5 +39,18 @@ def map_tensors(function: Callable[[Tensor], Any], value: Any) -> Any:
 
 
 def batch_size(value: Any) -> int:
-    """Length of the first axis of the first tensor that has one; 0 if there is none."""
-    return next((len(t) for t in tensors(value) if t.dim()), 0)
+    """Length of the first axis of the first tensor that has one; 0 if there is none.
+
+    Of a :class:`~torch.nn.utils.rnn.PackedSequence` it is the number of sequences.
+    """
+    for t in tensors(value, packed=True):
+        if isinstance(t, PackedSequence):
+            return int(t.batch_sizes[0])
+        if t.dim():
+            return len(t)
+    return 0
+
+
+def holds_packed(value: Any) -> bool:
+    """Tell whether there are packed sequences among the tensors."""
+    return any(isinstance(t, PackedSequence) for t in tensors(value, packed=True))

@@ -103,11 +103,14 @@ class FlatKFAC(OptimizerWrapper):
             ``defaults`` stay its own: schedulers, scalers and checkpoints see one truth. Step the wrapper, not this.
         model: The model being trained; wrappers may be on. With several processes, the default group's (or that of a
             DistributedDataParallel given) are taken to train it together, each on its part of one batch.
-        mu: Weight of the penalty, or a function of the step count.
+        mu: Weight of the penalty, or a function of the step count. A parameter group with an entry ``"mu"`` or
+            ``"rho_max"`` of its own descends the objective with that one instead.
         rho_max: K, the spectral radius below which there is no penalty, or a function of the step count.
         every: Steps from one computation of the penalty's gradient to the next, a refresh.
         survey_every: Refreshes from one look at all layers, to see which attains the maximum, to the next.
-        batch_fraction: Share of the batch, in (0, 1], that it is computed on; at least two examples.
+        batch_fraction: Share of the batch, in (0, 1], that it is computed on; at least two examples. Gradients that
+            accumulate are those of one batch, of all examples since they were cleared; where these do not fit
+            together, as images of different sizes, it is the last micro-batch. Dropout falls as on a single batch.
         fisher: ``"sampled"``: labels drawn from the model's own prediction (the true Fisher); ``"empirical"``: the
             batch's labels, as remembered by a hook on ``criterion``.
         criterion: The loss module called in the training loop as ``criterion(model(x), y)``; for
@@ -191,6 +194,12 @@ class FlatKFAC(OptimizerWrapper):
         self._warned = False
         self._calls, self._criterion_calls = self._attach_recorders()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the wrapped optimizer does."""
+        for calls in self._recorders():
+            calls.forget_finished()
+        super().zero_grad(set_to_none)
+
     # ---------------------------------------------------------------- reading
 
     @property
@@ -229,10 +238,10 @@ class FlatKFAC(OptimizerWrapper):
 
     def _change_gradients(self) -> None:
         """Add the penalty's gradient."""
-        if self._value(self._options.mu) == 0:
+        if not self._has_penalty():
             self._penalty, self._mask_terms = None, {}
         elif self._refreshes_next():
-            self._refresh(self._value(self._options.mu), self._value(self._options.rho_max))
+            self._refresh()
         self._steps += 1
         # A gradient of another shape stems from before a cut that this optimizer was not told of.
         penalty = {p: g for p, g in (self._penalty or {}).items() if p.grad is not None and p.shape == g.shape}
@@ -253,28 +262,47 @@ class FlatKFAC(OptimizerWrapper):
         self._factor = torch.where(finite, factor, 0.0)
         return finite
 
-    def _refresh(self, mu: float, rho_max: float) -> None:
+    def _refresh(self) -> None:
         """Compute the penalty's gradient on the last training batch."""
-        call = self._calls.last
+        call = self._calls.last()
         if call is None:
             raise RuntimeError(
                 "FlatKFAC.step() has seen no forward pass of the model it was given since its last refresh: call that "
                 "model (not a copy or a part of it) with gradients enabled before step()"
             )
-        parameters = self._parameters_with_gradient()
+        left_alone = {p for group in self.param_groups if not self._setting(group, "mu") for p in group["params"]}
+        parameters = [p for p in self._parameters_with_gradient() if p not in left_alone]
         if not parameters:  # the wrapped optimizer has nothing to do either
             self._penalty, self._mask_terms = None, {}
             self._forget_calls()
             return
         self._labels = self._label_generator()
-        gradient = self._rho_gradient(call, parameters)
+        try:
+            gradient = self._rho_gradient(call, parameters)
+        except torch.OutOfMemoryError as error:
+            self._penalty, self._mask_terms = {}, {}  # until the next refresh
+            self._forget_calls()
+            _warn_of_memory(error, call.batch_size, self._options.batch_fraction)
+            return
         self._forget_calls()
-        weight = mu * (gradient.rho > rho_max).to(gradient.rho)
-        found = {p: weight * g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
+        weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
+        found = {p: weights[p] * g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
         self._penalty_norm = get_total_norm(list(found.values())).to(gradient.rho.device)
         finite = self._penalty_norm.isfinite()
         self._penalty = {p: torch.where(finite, g, 0.0).to(p.dtype) for p, g in found.items()}
-        self._mask_terms = {name: torch.where(finite, weight * m, 0.0) for name, m in gradient.input_masks.items()}
+        self._mask_terms = {
+            name: torch.where(finite, weights.get(weight_of(self._inner, name), others) * m, 0.0)
+            for name, m in gradient.input_masks.items()
+        }
+
+    def _weights(self, rho: Tensor) -> dict[nn.Parameter, Tensor]:
+        """Return what the gradient of rho counts for each parameter, which depends on its group."""
+        of_groups = [(group["params"], self._weight(group, rho)) for group in self.param_groups]
+        return {p: weight for parameters, weight in of_groups for p in parameters}
+
+    def _weight(self, group: Mapping[str, Any], rho: Tensor) -> Tensor:
+        """Return a group's mu where rho exceeds its rho_max, zero elsewhere."""
+        return self._setting(group, "mu") * (rho > self._setting(group, "rho_max")).to(rho)
 
     def _rho_gradient(self, call: RecordedCall, parameters: list[nn.Parameter]) -> RadiusGradient:
         """Differentiate rho on the share of a batch that the options ask for, or on all of it where that cannot be."""
@@ -336,7 +364,7 @@ class FlatKFAC(OptimizerWrapper):
     def _empirical_loss(self, batch_size: int, examples: int) -> Callable[[Any], Tensor]:
         """Sum of the criterion's example losses at the targets it was last called with."""
         criterion, calls = self._options.criterion, self._criterion_calls
-        call = None if calls is None else calls.last
+        call = None if calls is None else calls.last(batch_size)
         if call is None or criterion is None:
             raise RuntimeError(
                 'fisher="empirical" takes the targets from the criterion: call the very module given as criterion= '
@@ -370,7 +398,12 @@ class FlatKFAC(OptimizerWrapper):
 
         def wanted() -> bool:
             alive = optimizer()
-            return alive is not None and alive._refreshes_next()
+            if alive is None or not alive._refreshes_next():
+                return False
+            if all(p.grad is None for p in alive._all_parameters()):  # cleared by somebody else than zero_grad()
+                for calls in alive._recorders():
+                    calls.forget_finished()
+            return True
 
         calls = CallRecorder.attach(self.model, wanted, owner=self)
         if self._options.fisher == "sampled" or self._options.criterion is None:
@@ -380,7 +413,7 @@ class FlatKFAC(OptimizerWrapper):
     def _forget_calls(self) -> None:
         """Let go of the batch, which is of no use any more."""
         for calls in self._recorders():
-            calls.last = None
+            calls.forget()
 
     def _recorders(self) -> list[CallRecorder]:
         """Return those who watch the calls of model and criterion."""
@@ -388,14 +421,19 @@ class FlatKFAC(OptimizerWrapper):
 
     def _refreshes_next(self) -> bool:
         """Tell whether the next step computes the penalty's gradient."""
-        due = self._steps % self._options.every == 0 or self._penalty is None
-        return due and self._value(self._options.mu) != 0
+        return (self._steps % self._options.every == 0 or self._penalty is None) and self._has_penalty()
 
-    def _value(self, schedule: Schedule) -> float:
+    def _has_penalty(self) -> bool:
+        """Tell whether mu is above zero for any group at this step."""
+        return any(self._setting(group, "mu") != 0 for group in self.param_groups)
+
+    def _setting(self, group: Mapping[str, Any], name: str) -> float:
+        """Return mu or rho_max of a group of parameters at this step: its own, if it has an entry of that name."""
+        schedule = group.get(name, getattr(self._options, name))
         value = schedule(self._steps) if callable(schedule) else schedule
-        if not 0 <= value < math.inf:
-            raise ValueError(f"mu and rho_max must be numbers >= 0, but the function given returned {value}")
-        return value
+        if not _is_number(value, 0, math.inf):
+            raise ValueError(f"mu and rho_max must be numbers >= 0 at every step, but {name} is {value!r}")
+        return float(value)
 
     # ---------------------------------------------------------------- following a cut
 
@@ -421,7 +459,7 @@ class FlatKFAC(OptimizerWrapper):
         return [
             setting(self._tracker, {"eigenvectors": eigenvectors}),
             setting(self, {"_penalty": penalty, "_mask_terms": mask_terms, "_penalty_norm": norm}),
-            *(setting(calls, {"last": None}) for calls in self._recorders()),
+            *(setting(calls, {"graphs": []}) for calls in self._recorders()),
         ]
 
     def keep_removed(
@@ -453,7 +491,7 @@ class FlatKFAC(OptimizerWrapper):
             return [
                 setting(self._tracker, {"eigenvectors": self._tracker.joined(vectors, kept)}),
                 setting(self, {"_penalty": whole, "_mask_terms": terms, "_penalty_norm": length}),
-                *(setting(calls, {"last": None}) for calls in self._recorders()),
+                *(setting(calls, {"graphs": []}) for calls in self._recorders()),
             ]
 
         return put_back
@@ -530,3 +568,13 @@ class FlatKFAC(OptimizerWrapper):
             return
         FlatKFAC.__init__(self, state["base"], state["model"], **state["options"])
         self._load_own(state["own"])
+
+
+def _warn_of_memory(error: torch.OutOfMemoryError, examples: int, fraction: float) -> None:
+    """Say that a penalty had to be left out, and how to have it again."""
+    warnings.warn(
+        f"out of memory for the curvature of {max(1, round(fraction * examples))} of {examples} examples, so FlatKFAC "
+        "leaves the penalty out until it computes it anew; the wrapped optimizer steps as it would have. Give FlatKFAC "
+        f"a smaller batch_fraction, such as {fraction / 2:g} ({error})",
+        stacklevel=6,  # the line that called step(), past torch's own wrapper
+    )

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from kfac_flat.nested import batch_size, map_tensors, tensors
+from kfac_flat.nested import batch_size, holds_packed, map_tensors, tensors
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,31 @@ class RecordedCall:
         args, kwargs = map_tensors(lambda t: t.detach().clone(), (args, kwargs))
         return cls(args, kwargs, module.training, device, states, autocast)
 
+    @classmethod
+    def joined(cls, calls: Sequence[RecordedCall]) -> RecordedCall:
+        """Return one call on all examples of several, under the randomness of the first.
+
+        Where there is no such call, as for images of different sizes, the last one is returned.
+        """
+        sizes = [call.batch_size for call in calls]
+        try:
+            *_, args, kwargs = _join([(c.training, c.device, c.autocast, c.args, c.kwargs) for c in calls], sizes)
+        except _UnlikeError:
+            return calls[-1]
+        return replace(calls[0], args=args, kwargs=kwargs)
+
     @property
     def batch_size(self) -> int:
         """Length of the first axis of the first tensor argument."""
         return batch_size((self.args, self.kwargs))
 
     def first(self, examples: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments with every tensor that has an axis of examples cut to the first ``examples``."""
+        """Return the arguments with every tensor that has an axis of examples cut to the first ``examples``.
+
+        Packed sequences are returned whole.
+        """
         size = self.batch_size
-        if examples >= size:
+        if examples >= size or holds_packed((self.args, self.kwargs)):
             return self.args, dict(self.kwargs)
         cut = map_tensors(lambda t: t[:examples] if t.dim() and len(t) == size else t, (self.args, self.kwargs))
         return cut[0], cut[1]
@@ -88,32 +106,140 @@ class RecordedCall:
             yield
 
 
-class CallRecorder:
-    """A forward pre-hook that keeps the last call made with gradients enabled while ``wanted()`` says so.
+class _UnlikeError(ValueError):
+    """Arguments of several calls cannot be those of one."""
 
-    A call in train mode is not displaced by one in eval mode: that is somebody looking at the model in between.
-    Copies of the module carry a recorder that records nothing: their calls are not the original's.
+
+def _join(values: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Concatenate tensors that have an axis of examples, inside of whatever holds them; all else must be equal."""
+    first = values[0]
+    if any(type(value) is not type(first) for value in values):
+        raise _UnlikeError
+    if isinstance(first, Tensor):
+        if all(t.dim() and len(t) == size for t, size in zip(values, sizes, strict=True)):
+            if len({(t.shape[1:], t.dtype, t.layout) for t in values}) > 1:
+                raise _UnlikeError
+            return torch.cat(list(values))
+        if all(torch.equal(t, first) for t in values):
+            return first
+        raise _UnlikeError
+    if isinstance(first, PackedSequence):
+        raise _UnlikeError
+    if isinstance(first, (list, tuple)):
+        if any(len(value) != len(first) for value in values):
+            raise _UnlikeError
+        items = [_join(items, sizes) for items in zip(*values, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    if isinstance(first, dict):
+        if any(value.keys() != first.keys() for value in values):
+            raise _UnlikeError
+        changed = copy.copy(first)
+        for key in first:
+            changed[key] = _join([value[key] for value in values], sizes)
+        return changed
+    if any(value is not first and value != first for value in values):
+        raise _UnlikeError
+    return first
+
+
+class RecordedGraph:
+    """A recorded call together with what has become of it: whether a gradient has come back, and whether one may."""
+
+    def __init__(self, call: RecordedCall, output: Any) -> None:
+        self.call = call
+        self.has_gradient = False
+        self._awaited: weakref.ref[Any] | None = None
+        results = [t for t in tensors(output) if t.grad_fn is not None]
+
+        def note(gradient: Tensor) -> None:
+            self.has_gradient = True
+
+        for t in results:
+            t.register_hook(note)
+        if results:
+            self._awaited = weakref.ref(note)  # which lives as long as the graph does
+
+    def may_matter(self, training: bool) -> bool:
+        """Tell whether the call is to be kept when another one is made, in train mode or not."""
+        if self._awaited is None:  # the output holds no tensor that could tell
+            return self.call.training and not training
+        return self.has_gradient or self._awaited() is not None
+
+
+class CallRecorder:
+    """Hooks that keep the calls made with gradients enabled while ``wanted()`` says so, until they are forgotten.
+
+    What counts are the calls that a gradient has come back to: the micro-batches of a step. Somebody who looks at the
+    model in between leaves no trace. Copies of the module get hooks that take themselves off: their calls are not the
+    original's.
     """
 
     def __init__(self, wanted: Callable[[], bool] | None = None) -> None:
         self._wanted = wanted
-        self.last: RecordedCall | None = None
+        self._begun: RecordedCall | None = None
+        self.graphs: list[RecordedGraph] = []
 
     @classmethod
     def attach(cls, module: nn.Module, wanted: Callable[[], bool], owner: object) -> CallRecorder:
         """Put a recorder on a module while its owner lives, to which ``wanted`` must not refer strongly."""
         recorder = cls(wanted)
-        handle = module.register_forward_pre_hook(recorder, with_kwargs=True)
-        weakref.finalize(owner, handle.remove)
+        before = module.register_forward_pre_hook(recorder.begin, with_kwargs=True)
+        after = module.register_forward_hook(recorder.end)
+        for handle in (before, after):
+            weakref.finalize(owner, handle.remove)
         return recorder
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # traced, it would tie compiled code to the optimizer
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def latest(self) -> RecordedCall | None:
+        """Return the call made last, whatever has become of it."""
+        return self.graphs[-1].call if self.graphs else None
+
+    def last(self, examples: int | None = None) -> RecordedCall | None:
+        """All calls joined that a gradient has come back to; if there is none, the last one, in train mode if any.
+
+        Args:
+            examples: If the calls joined have another number of them, the last call alone is returned.
+        """
+        with_gradient = [graph.call for graph in self.graphs if graph.has_gradient]
+        if with_gradient:
+            joined = RecordedCall.joined(with_gradient)
+            return joined if examples in (None, joined.batch_size) else with_gradient[-1]
+        calls = [graph.call for graph in self.graphs]
+        return next((call for call in reversed(calls) if call.training), calls[-1] if calls else None)
+
+    def forget(self) -> None:
+        """Let go of all calls."""
+        self._begun, self.graphs = None, []
+
+    def forget_finished(self) -> None:
+        """Let go of the calls whose gradient has come, and is about to be cleared."""
+        self.graphs = [graph for graph in self.graphs if not graph.has_gradient]
+
+    # Traced, these would tie compiled code to the optimizer.
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record a call, as ``register_forward_pre_hook`` announces it."""
-        if self._wanted is None or not torch.is_grad_enabled() or not self._wanted():
-            return
-        if self.last is None or module.training or not self.last.training:
-            self.last = RecordedCall.now(module, args, kwargs)
+        self._begun = None
+        if self._wanted is None:
+            self._take_off(module)
+        elif torch.is_grad_enabled() and self._wanted():
+            self.graphs = [graph for graph in self.graphs if graph.may_matter(module.training)]
+            self._begun = RecordedCall.now(module, args, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Wait for the gradient of a call's output, as ``register_forward_hook`` announces it."""
+        if self._begun is not None:
+            self.graphs.append(RecordedGraph(self._begun, output))
+            self._begun = None
+
+    def _take_off(self, module: nn.Module) -> None:
+        """Remove the hooks of a recorder that records nothing."""
+        tables = (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks)
+        own = [key for hooks in tables for key, hook in hooks.items() if getattr(hook, "__self__", None) is self]
+        for hooks in tables:
+            for key in own:
+                hooks.pop(key, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallRecorder:
         return CallRecorder()

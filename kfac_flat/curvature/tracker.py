@@ -179,17 +179,24 @@ class RadiusTracker:
         at = self._averaged(of_batch, seen)
         rho = torch.stack([product_rule(of_batch[name], at[name]) for name in active]).sum()
         try:
-            gradients = self._differentiate(rho, parameters, seen)
+            gradients = _differentiate(rho, parameters)
         except RuntimeError as error:
-            if "derivative" not in str(error) or "not implemented" not in str(error):
+            if not _tells_of_no_derivative(error):
                 raise
+            if len(active) > 1:  # not all of them need be at fault
+                seen = self._read(args, kwargs, loss, conditions, create_graph=True)
+                again = {name: eigenvalues(seen[name], vectors[name]) for name in active}
+                active = {
+                    name for name in active if not _has_derivative(product_rule(again[name], at[name]), parameters)
+                }
             self._leave_out(active, f"something behind it has no second derivative: {error}")
             return self.gradient(args, kwargs, loss, parameters, conditions)
         radii = {name: of_A * of_G for name, (of_A, of_G) in at.items()}
         self._publish(vectors, {name: of_groups.max() for name, of_groups in radii.items()}, all_layers=survey)
         masks = {name: input_mask_gradient(seen[name].layer, radii[name], vectors[name]) for name in active}
+        averaged = iter(self._average([g for g in gradients if g is not None], _examples(seen)))
         total = torch.stack([radii[name].max() for name in active]).sum()
-        return RadiusGradient(total, gradients, masks)
+        return RadiusGradient(total, [None if g is None else next(averaged) for g in gradients], masks)
 
     def selected(self, kept: Mapping[str, Kept]) -> dict[str, Eigenvectors]:
         """Eigenvectors as they will be after a cut that is still to come."""
@@ -323,17 +330,6 @@ class RadiusTracker:
         values = self._average([value.detach() for pair in pairs.values() for value in pair], _examples(seen))
         return dict(zip(pairs, zip(values[::2], values[1::2], strict=True), strict=True))
 
-    def _differentiate(
-        self, rho: Tensor, parameters: Sequence[nn.Parameter], seen: Mapping[str, LayerData]
-    ) -> list[Tensor | None]:
-        """Return d rho / d p for each parameter, None where rho does not depend on it."""
-        if not rho.requires_grad:
-            return [None] * len(parameters)
-        with BACKPACK, quiet_hooks():
-            found = torch.autograd.grad(rho, parameters, allow_unused=True)
-        averaged = iter(self._average([g for g in found if g is not None], _examples(seen)))
-        return [None if g is None else next(averaged) for g in found]
-
     def _seed_of(self, name: str) -> torch.Generator:
         """Seed a layer's starting vectors by its place, so that they do not depend on which layers came first."""
         return torch.Generator().manual_seed(self._seed + self._order.index(name))
@@ -357,3 +353,28 @@ class RadiusTracker:
 def _examples(seen: Mapping[str, LayerData]) -> int:
     """Size of the batch."""
     return next(iter(seen.values())).batch_size
+
+
+def _differentiate(rho: Tensor, parameters: Sequence[nn.Parameter], again: bool = False) -> list[Tensor | None]:
+    """Return d rho / d p for each parameter, None where rho does not depend on it; ``again`` keeps the graph."""
+    if not rho.requires_grad:
+        return [None] * len(parameters)
+    with BACKPACK, quiet_hooks():
+        return list(torch.autograd.grad(rho, parameters, allow_unused=True, retain_graph=again))
+
+
+def _has_derivative(rho: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
+    """Tell whether everything between the parameters and rho can be differentiated twice."""
+    try:
+        _differentiate(rho, parameters, again=True)
+    except RuntimeError as error:
+        if not _tells_of_no_derivative(error):
+            raise
+        return False
+    return True
+
+
+def _tells_of_no_derivative(error: RuntimeError) -> bool:
+    """Recognise torch's complaints of an operation that can be differentiated once only."""
+    text = str(error)
+    return ("derivative" in text and "not implemented" in text) or "once_differentiable" in text

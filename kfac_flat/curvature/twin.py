@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
+import sys
 import threading
 import types
 import warnings
@@ -101,7 +102,7 @@ class Twin:
         """
         try:
             # Fused attention has no second derivative, the plain one does.
-            with BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            with BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _uncompiled():
                 output, total = self.run(args, kwargs, loss, conditions)
                 wanted = {name: layer for name, layer in self.layers.items() if only is None or name in only}
                 targets = [probe for layer in wanted.values() for probe in vars(layer).get("_probes", ())]
@@ -155,6 +156,14 @@ class Twin:
             for name, buffer in original._buffers.items():
                 if buffer is not None:
                     twin._buffers[name].copy_(buffer)  # type: ignore[union-attr]
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[None]:
+    """Run parts of a model that are compiled as they were written: compiled, they have no second derivative."""
+    if "torch._dynamo" not in sys.modules:  # which takes seconds to import, and nothing is compiled without
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextlib.contextmanager

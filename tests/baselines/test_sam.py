@@ -373,7 +373,7 @@ def test_nothing_stays_on_model_and_criterion_when_the_wrapper_is_gone() -> None
     optimizer, criterion = wrapped(model)
     train(model, optimizer, criterion, (8, 4), range(2))
     assert optimizer._passes == []
-    assert optimizer._calls.last is None
+    assert optimizer._calls.latest() is None
     del optimizer
     assert not model._forward_pre_hooks
     assert not criterion._forward_hooks

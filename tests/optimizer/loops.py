@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 from kfac_flat import FlatKFAC
@@ -46,6 +47,20 @@ def train(model: nn.Module, optimizer: Optimizer, steps: int, start: int = 0, sh
             optimizer.step()
 
 
+def small_net() -> nn.Sequential:
+    """In float32, as networks usually are."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def step(model: nn.Module, optimizer: Optimizer, x: Tensor | None = None) -> None:
+    """A step on a batch of small_net's, or another one."""
+    x = torch.randn(12, 4) if x is None else x
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), torch.arange(len(x)) % 3).backward()
+    optimizer.step()
+
+
 def penalty(
     model: nn.Module, optimizer: FlatKFAC, x: Tensor, y: Tensor, criterion: nn.Module | None = None
 ) -> list[Tensor]:
@@ -64,6 +79,10 @@ def penalty(
 
 def gradients(model: nn.Module) -> list[Tensor]:
     return [p.grad.detach().clone() for p in model.parameters() if p.grad is not None]
+
+
+def times(factor: float, tensors: list[Tensor]) -> list[Tensor]:
+    return [factor * t for t in tensors]
 
 
 def norm(tensors: list[Tensor]) -> Tensor:

@@ -1,5 +1,6 @@
+from __future__ import annotations
+
 import copy
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -228,100 +229,3 @@ def test_a_forward_in_eval_mode_with_gradients_is_training_too() -> None:
 
 
 # -------------------------------------------------------------------------------------------------- not finite
-
-
-def spoiled(kind: str, x: Tensor, y: Tensor, model: nn.Module) -> Tensor:
-    """A loss that is not finite, or whose gradients are not."""
-    if kind == "input":
-        return F.cross_entropy(model(x * float("nan")), y)
-    if kind == "loss":
-        return F.cross_entropy(model(x), y) * float("inf")
-    output = model(x)
-    return (output * 0).sum().sqrt() + output.sum()  # a finite value, whose derivative is inf * 0
-
-
-@pytest.mark.parametrize("kind", ["input", "loss", "gradient"])
-@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
-@pytest.mark.parametrize("eigenpairs", ["streaming", "exact"])
-def test_not_finite_steps_are_the_bases_own_and_counted_with_one_warning(
-    kind: str, likelihood: str, eigenpairs: str
-) -> None:
-    model = mlp(dtype=torch.float32)
-    optimizer = FlatKFAC(
-        Adam(model.parameters(), lr=0.01), model, mu=0.5, every=1, likelihood=likelihood, eigenpairs=eigenpairs
-    )
-    train(model, optimizer, 2)
-    twin = copy.deepcopy(model)
-    bare = Adam(twin.parameters(), lr=0.01)
-    bare.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))
-    x, y = batch(8, 4, dtype=torch.float32)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for step in range(1, 4):
-            for m, o in ((model, optimizer), (twin, bare)):
-                o.zero_grad()
-                spoiled(kind, x, y, m).backward()
-                o.step()
-            assert optimizer.skipped == step
-            assert same(snapshot(model, optimizer.base), snapshot(twin, bare))
-    (warning,) = caught
-    assert warning.category is UserWarning
-    assert "FlatKFAC.skipped" in str(warning.message)
-
-
-def test_the_warning_points_at_the_line_that_called_step() -> None:
-    model = mlp()
-    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, mu=0.5)
-    x, y = batch(8, 4)
-    F.cross_entropy(model(x * float("nan")), y).backward()
-    with pytest.warns(UserWarning, match="left the penalty out") as caught:
-        optimizer.step()
-    assert caught[0].filename == __file__
-
-
-def test_finite_steps_are_not_counted() -> None:
-    model = mlp()
-    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, mu=0.5, every=1)
-    train(model, optimizer, 3)
-    assert optimizer.skipped == 0
-
-
-@pytest.mark.parametrize("eigenpairs", ["streaming", "exact"])
-@pytest.mark.parametrize("first", [True, False])
-def test_the_penalty_returns_with_the_first_finite_batch(eigenpairs: str, first: bool) -> None:
-    """A bad batch that the user keeps from the weights (lr = 0) leaves no trace in the curvature."""
-    model = mlp()
-    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.0), model, mu=0.5, every=1, eigenpairs=eigenpairs, clip=None)
-    if not first:
-        train(model, optimizer, 1)
-    weights = copy.deepcopy(model.state_dict())
-    x, y = batch(8, 4)
-    F.cross_entropy(model(x * float("nan")), y).backward()
-    with pytest.warns(UserWarning, match="left the penalty out"):
-        optimizer.step()
-    model.load_state_dict(weights)  # 0 * NaN
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    own = [p.grad.clone() for p in model.parameters()]
-    optimizer.step()
-    assert optimizer.skipped == 1
-    assert 0 < optimizer.rho < float("inf")
-    assert all((p.grad != o).any() and p.grad.isfinite().all() for p, o in zip(model.parameters(), own, strict=True))
-
-
-def test_a_bad_refresh_adds_nothing_until_the_next_one() -> None:
-    model = mlp()
-    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.0), model, mu=0.5, every=3)
-    x, y = batch(8, 4)
-    weights = copy.deepcopy(model.state_dict())
-    F.cross_entropy(model(x * float("nan")), y).backward()
-    with pytest.warns(UserWarning, match="left the penalty out"):
-        optimizer.step()
-    model.load_state_dict(weights)
-    for step in (1, 2, 3):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        own = [p.grad.clone() for p in model.parameters()]
-        optimizer.step()
-        unchanged = all(torch.equal(p.grad, o) for p, o in zip(model.parameters(), own, strict=True))
-        assert unchanged == (step < 3)

@@ -1,0 +1,65 @@
+"""Bounds on gradients: that on the penalty, and those that a training loop sets itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from kfac_flat import FlatKFAC
+from tests.optimizer.loops import gradients, norm, penalty, plain, small_net, step, times
+from tests.reference import assert_gradients_close, batch, cross_entropy_sum, mlp, rho_and_gradient
+
+
+@pytest.mark.parametrize("clip", [0.5, 1e-3])
+def test_clip_bounds_the_penalty_relative_to_the_loss_gradient_and_keeps_its_direction(clip: float) -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x)
+    F.cross_entropy(model(x), y).backward()
+    bound = clip * norm(gradients(model))
+    assert 100 * norm(gradient) > bound
+    seen = penalty(model, plain(model, mu=100.0, clip=clip), x, y)
+    assert torch.isclose(norm(seen), bound, rtol=1e-9)
+    assert_gradients_close(seen, times(float(bound / norm(gradient)), gradient), tolerance=1e-8)
+
+
+def test_clip_leaves_a_small_penalty_alone() -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x)
+    seen = penalty(model, plain(model, mu=1e-3, clip=1.0), x, y)
+    assert_gradients_close(seen, times(1e-3, gradient), tolerance=1e-7)
+
+
+def test_the_bound_holds_at_every_step_and_not_only_where_the_penalty_was_computed() -> None:
+    model = small_net()
+    base = SGD(model.parameters(), lr=0.0)
+    optimizer = FlatKFAC(base, model, mu=1.0, every=4, clip=0.5)
+    seen: list[Tensor] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat([p.grad.flatten() for p in model.parameters()])))
+    for i in range(4):
+        x = torch.randn(12, 4) * (30 if i == 0 else 1)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.arange(12) % 3).backward()
+        loss_gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        optimizer.step()
+        added = (seen[-1] - loss_gradient).norm()
+        assert 0 < added <= 0.5 * loss_gradient.norm() * (1 + 1e-4)
+
+
+def test_a_mask_term_follows_the_bound_and_a_mu_of_zero_clears_it() -> None:
+    terms = []
+    for clip in (None, 1e-3):
+        model = small_net()
+        optimizer = FlatKFAC(SGD(model.parameters(), lr=0.0), model, mu=lambda s: 5.0 if s == 0 else 0.0, clip=clip)
+        torch.manual_seed(1)
+        step(model, optimizer)
+        terms.append({k: v.clone() for k, v in optimizer.state_dict()["kfac_flat"]["mask_terms"].items()})
+        direct = optimizer.input_mask_gradients()
+        assert direct
+        if clip is not None:
+            raw = terms[-1][next(iter(terms[-1]))]
+            assert next(iter(direct.values())).norm() < 0.1 * raw.norm()
+        step(model, optimizer)
+        assert optimizer.input_mask_gradients() == {}

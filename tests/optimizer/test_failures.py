@@ -1,0 +1,160 @@
+"""What fails or is not finite never costs the step of the wrapped optimizer, nor anything silently."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam
+
+from kfac_flat import FlatKFAC
+from kfac_flat.curvature import tracker
+from tests.optimizer.loops import same, small_net, snapshot, step, train
+from tests.reference import batch, mlp
+
+
+def test_an_interrupt_in_the_first_refresh_leaves_an_optimizer_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_net()
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model)
+    calls: list[int] = []
+    whole = tracker.factors_times
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker, "factors_times", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(model, optimizer)
+    for _ in range(5):
+        step(model, optimizer)
+    assert optimizer.rho > 0
+
+
+class Distances(nn.Module):
+    """Its first layer lies behind an operation that has no second derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(5, 3)
+        self.centres = nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.cdist(100 * self.a(x), self.centres))
+
+
+def test_a_layer_behind_an_operation_without_second_derivative_is_left_out_by_name() -> None:
+    torch.manual_seed(0)
+    model = Distances()
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=1e-6), model, every=1, layers=["a", "b"])
+    with torch.no_grad():
+        model.b.weight.mul_(10)
+    for _ in range(3):
+        step(model, optimizer, 0.01 * torch.randn(12, 4))
+    assert "no second derivative" in optimizer.skipped_layers.get("a", "") or set(optimizer.radii()) == {"a", "b"}
+    assert torch.isfinite(model.a.weight).all()
+
+
+def spoiled(kind: str, x: Tensor, y: Tensor, model: nn.Module) -> Tensor:
+    """A loss that is not finite, or whose gradients are not."""
+    if kind == "input":
+        return F.cross_entropy(model(x * float("nan")), y)
+    if kind == "loss":
+        return F.cross_entropy(model(x), y) * float("inf")
+    output = model(x)
+    return (output * 0).sum().sqrt() + output.sum()  # a finite value, whose derivative is inf * 0
+
+
+@pytest.mark.parametrize("kind", ["input", "loss", "gradient"])
+@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
+@pytest.mark.parametrize("eigenpairs", ["streaming", "exact"])
+def test_not_finite_steps_are_the_bases_own_and_counted_with_one_warning(
+    kind: str, likelihood: str, eigenpairs: str
+) -> None:
+    model = mlp(dtype=torch.float32)
+    optimizer = FlatKFAC(
+        Adam(model.parameters(), lr=0.01), model, mu=0.5, every=1, likelihood=likelihood, eigenpairs=eigenpairs
+    )
+    train(model, optimizer, 2)
+    twin = copy.deepcopy(model)
+    bare = Adam(twin.parameters(), lr=0.01)
+    bare.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))
+    x, y = batch(8, 4, dtype=torch.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1, 4):
+            for m, o in ((model, optimizer), (twin, bare)):
+                o.zero_grad()
+                spoiled(kind, x, y, m).backward()
+                o.step()
+            assert optimizer.skipped == step
+            assert same(snapshot(model, optimizer.base), snapshot(twin, bare))
+    (warning,) = caught
+    assert warning.category is UserWarning
+    assert "FlatKFAC.skipped" in str(warning.message)
+
+
+def test_the_warning_points_at_the_line_that_called_step() -> None:
+    model = mlp()
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, mu=0.5)
+    x, y = batch(8, 4)
+    F.cross_entropy(model(x * float("nan")), y).backward()
+    with pytest.warns(UserWarning, match="left the penalty out") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+
+
+def test_finite_steps_are_not_counted() -> None:
+    model = mlp()
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, mu=0.5, every=1)
+    train(model, optimizer, 3)
+    assert optimizer.skipped == 0
+
+
+@pytest.mark.parametrize("eigenpairs", ["streaming", "exact"])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_penalty_returns_with_the_first_finite_batch(eigenpairs: str, first: bool) -> None:
+    """A bad batch that the user keeps from the weights (lr = 0) leaves no trace in the curvature."""
+    model = mlp()
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.0), model, mu=0.5, every=1, eigenpairs=eigenpairs, clip=None)
+    if not first:
+        train(model, optimizer, 1)
+    weights = copy.deepcopy(model.state_dict())
+    x, y = batch(8, 4)
+    F.cross_entropy(model(x * float("nan")), y).backward()
+    with pytest.warns(UserWarning, match="left the penalty out"):
+        optimizer.step()
+    model.load_state_dict(weights)  # 0 * NaN
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    own = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    assert optimizer.skipped == 1
+    assert 0 < optimizer.rho < float("inf")
+    assert all((p.grad != o).any() and p.grad.isfinite().all() for p, o in zip(model.parameters(), own, strict=True))
+
+
+def test_a_bad_refresh_adds_nothing_until_the_next_one() -> None:
+    model = mlp()
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.0), model, mu=0.5, every=3)
+    x, y = batch(8, 4)
+    weights = copy.deepcopy(model.state_dict())
+    F.cross_entropy(model(x * float("nan")), y).backward()
+    with pytest.warns(UserWarning, match="left the penalty out"):
+        optimizer.step()
+    model.load_state_dict(weights)
+    for number in (1, 2, 3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        own = [p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+        unchanged = all(torch.equal(p.grad, o) for p, o in zip(model.parameters(), own, strict=True))
+        assert unchanged == (number < 3)

@@ -1,0 +1,40 @@
+"""Clearing gradients in all of its forms."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+from torch.optim import SGD
+
+from kfac_flat import FlatKFAC
+from tests.optimizer.loops import same, snapshot, train
+from tests.reference import Residual, batch, mlp, seeded
+
+
+def test_zero_grad_in_its_forms() -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model)
+    for clear in (
+        optimizer.zero_grad,
+        lambda: optimizer.zero_grad(set_to_none=True),
+        lambda: optimizer.zero_grad(True),
+    ):
+        F.cross_entropy(model(x), y).backward()
+        clear()
+        assert all(p.grad is None for p in model.parameters())
+    F.cross_entropy(model(x), y).backward()
+    optimizer.zero_grad(set_to_none=False)
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters())
+
+
+def test_a_step_in_between_without_backward_is_the_bases() -> None:
+    """After zero_grad the base optimizer has nothing to do, and neither has the penalty."""
+    model = seeded(Residual)
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, mu=0.3, every=1)
+    model.train()
+    train(model, optimizer, 1, shape=(8, 2, 5, 5))
+    optimizer.zero_grad()
+    model(batch(8, 2, 5, 5)[0])
+    before = snapshot(model, optimizer.base)
+    optimizer.step()
+    assert same(snapshot(model, optimizer.base), before)
