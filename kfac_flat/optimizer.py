@@ -319,7 +319,8 @@ class FlatKFAC(Optimizer):
         if call is None:
             raise RuntimeError(
                 "FlatKFAC.step() has seen no forward pass of the model it was given since its last refresh: call that "
-                "model (not a copy or a part of it) with gradients enabled before step()"
+                "model (not a copy or a part of it) with gradients enabled before step(); if it is compiled, "
+                "give FlatKFAC what torch.compile returned"
             )
         left_alone = {p for group in self.param_groups if not self._setting(group, "mu") for p in group["params"]}
         with_gradient = [p for p in self._parameters() if p.grad is not None and p.grad.layout == torch.strided]
