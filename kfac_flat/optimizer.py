@@ -268,7 +268,8 @@ class FlatKFAC(OptimizerWrapper):
         if call is None:
             raise RuntimeError(
                 "FlatKFAC.step() has seen no forward pass of the model it was given since its last refresh: call that "
-                "model (not a copy or a part of it) with gradients enabled before step()"
+                "model (not a copy or a part of it) with gradients enabled before step(); if it is compiled, "
+                "give FlatKFAC what torch.compile returned"
             )
         left_alone = {p for group in self.param_groups if not self._setting(group, "mu") for p in group["params"]}
         parameters = [p for p in self._parameters_with_gradient() if p not in left_alone]

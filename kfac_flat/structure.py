@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -69,8 +70,35 @@ def structural_copy(model: Module, tensor: Callable[[Tensor], Tensor]) -> Module
             "give the attribute that holds it a __deepcopy__, or keep it outside the model"
         ) from error
     for module in copied.modules():
-        vars(module).pop("_compiled_call_impl", None)  # what Module.compile() made is the original's
+        _run_own_code(module, memo)
     return copied
+
+
+def _run_own_code(module: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Part a copied module from functions that run the original: those that torch.compile made, and closures."""
+    own = vars(module)
+    own.pop("_compiled_call_impl", None)
+    if "_orig_mod" in module._modules:
+        own["forward"] = module._modules["_orig_mod"]
+    for name, value in own.items():
+        if isinstance(value, types.FunctionType):
+            own[name] = _rebound(value, memo)
+
+
+def _rebound(function: types.FunctionType, memo: Mapping[int, Any]) -> types.FunctionType:
+    """Return the function as it is with the copies, by ``memo``, of what its closure and its defaults hold."""
+    try:
+        held = [cell.cell_contents for cell in function.__closure__ or ()]
+    except ValueError:  # a cell that is still empty
+        return function
+    defaults = function.__defaults__
+    if not any(id(item) in memo for item in (*held, *(defaults or ()))):
+        return function
+    cells = tuple(types.CellType(memo.get(id(item), item)) for item in held)
+    new_defaults = None if defaults is None else tuple(memo.get(id(item), item) for item in defaults)
+    rebound = types.FunctionType(function.__code__, function.__globals__, function.__name__, new_defaults, cells)
+    rebound.__kwdefaults__ = function.__kwdefaults__
+    return rebound
 
 
 def _hooks_of(model: nn.Module) -> list[dict[int, Any]]:

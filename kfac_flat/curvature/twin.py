@@ -283,4 +283,6 @@ def _is_setting(value: Any) -> bool:
     """Tell whether an attribute is plain: a number, a word, a function, or a tuple of these."""
     if isinstance(value, tuple):
         return all(_is_setting(item) for item in value)
-    return type(value) in (bool, int, float, str, types.FunctionType, types.BuiltinFunctionType)
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None and value.__defaults__ is None  # else it may hold modules of the original
+    return type(value) in (bool, int, float, str, types.BuiltinFunctionType)

@@ -616,3 +616,31 @@ def test_a_model_that_cannot_be_copied_is_named() -> None:
     optimizer = wrapped(model)
     with pytest.raises(TypeError, match=r"structure of Stubborn cannot be copied .*generator.*__deepcopy__"):
         train(model, optimizer, x, y)
+
+
+class Closures(nn.Module):
+    """Calls its layers through functions that hold them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+        norm = self.norm
+        self.normalise = lambda x: norm(x)
+        self.apply_head = lambda x, layer=self.head: layer(x)
+        self.start = lambda x: self.first(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.apply_head(torch.tanh(self.normalise(self.start(x))))
+
+
+def test_modules_held_in_closures_are_the_twins_own() -> None:
+    model = seeded(Closures)
+    optimizer, criterion = exact(model)
+    x, y = batch(6, 4)
+    seen = measured(optimizer, criterion, model, x, y)
+    assert set(seen) == {"first", "head"}
+    plain = nn.Sequential(model.first, model.norm, nn.Tanh(), model.head)
+    assert {"first": "0", "head": "3"}.keys() == seen.keys()
+    expected = reference.radii(copy.deepcopy(plain), cross_entropy_sum(y), x)
+    assert {"first": expected["0"].item(), "head": expected["3"].item()} == seen
+    assert model.norm.num_batches_tracked == 1
