@@ -3,6 +3,8 @@
 from baselines.data_free import DataFreePruner
 from baselines.magnitude import MagnitudePruner
 from baselines.sam import SAM
+from baselines.snip import SNIP
 from baselines.spectral_radius import SpectralRadius
+from baselines.weight import MagnitudeWeightPruner
 
-__all__ = ["SAM", "DataFreePruner", "MagnitudePruner", "SpectralRadius"]
+__all__ = ["SAM", "SNIP", "DataFreePruner", "MagnitudePruner", "MagnitudeWeightPruner", "SpectralRadius"]
