@@ -1,10 +1,27 @@
 """Methods that kfac_flat is compared with, on the same interface: each prunes or wraps as its counterpart does."""
 
+from baselines.ablations import PenaltyInThetaOnly, PenaltyInTrainingOnly
+from baselines.apoz import APoZPruner
 from baselines.data_free import DataFreePruner
 from baselines.magnitude import MagnitudePruner
+from baselines.random_ import RandomPruner
 from baselines.sam import SAM
 from baselines.snip import SNIP
 from baselines.spectral_radius import SpectralRadius
+from baselines.taylor import GateTaylorPruner, TaylorPruner
 from baselines.weight import MagnitudeWeightPruner
 
-__all__ = ["SAM", "SNIP", "DataFreePruner", "MagnitudePruner", "MagnitudeWeightPruner", "SpectralRadius"]
+__all__ = [
+    "SAM",
+    "SNIP",
+    "APoZPruner",
+    "DataFreePruner",
+    "GateTaylorPruner",
+    "MagnitudePruner",
+    "MagnitudeWeightPruner",
+    "PenaltyInThetaOnly",
+    "PenaltyInTrainingOnly",
+    "RandomPruner",
+    "SpectralRadius",
+    "TaylorPruner",
+]

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from kfac_flat import NeuronPruner
 from kfac_flat.pruning import layers
+from kfac_flat.pruning.saliency import places
 
 
 class MagnitudePruner(NeuronPruner):
-    """Score a group of neurons by the L2 norm of the weights that produce it; all else is as in NeuronPruner.
+    """Score a group of neurons by the norm of the weights that produce it; all else is as in NeuronPruner.
 
     Weights of layers differ in scale, so each neuron's norm is taken relative to the mean norm in its layer; a group
     that ties several neurons scores their sum, which the budget divides by their number.
+
+    Args:
+        arguments: As of NeuronPruner.
+        order: Of the norm: 1 for the sum of absolute weights, as in the paper, 2 for the Euclidean norm.
+        options: As of NeuronPruner.
+
+    Raises:
+        ValueError: if ``order`` is neither 1 nor 2; besides, as NeuronPruner does.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -23,19 +34,24 @@ class MagnitudePruner(NeuronPruner):
         {'0': 4, '2': 3}
     """
 
+    def __init__(self, *arguments: Any, order: int = 2, **options: Any) -> None:
+        if order not in (1, 2):
+            raise ValueError(f"order={order!r} must be 1 or 2")
+        self._order = order
+        super().__init__(*arguments, **options)
+
     def _scores(self) -> list[float]:
         ids = self._groups.ids
         total = torch.zeros(len(ids) + 1)
         for name in self._graph.hidden:
-            groups = self._channels[name].outputs
-            slots = torch.where(torch.isin(groups, ids), torch.searchsorted(ids, groups), len(ids))
-            total.index_add_(0, slots, relative_norms(self._model.get_submodule(name)))
+            norms = relative_norms(self._model.get_submodule(name), self._order)
+            total.index_add_(0, places(ids, self._channels[name].outputs), norms)
         return total[:-1].tolist()
 
 
-def relative_norms(module: nn.Module) -> Tensor:
+def relative_norms(module: nn.Module, order: int) -> Tensor:
     """Norm of the weights of each output channel, ``[C_out]`` on the CPU, relative to their mean."""
-    weight: Tensor = module.weight.detach().cpu().float()
+    weight = layers.weight_of(module).detach().cpu().float()
     per_output = weight.transpose(0, 1) if isinstance(module, layers.TRANSPOSED) else weight
-    norms = per_output.flatten(1).norm(dim=1)
+    norms: Tensor = torch.linalg.vector_norm(per_output.flatten(1), order, dim=1)
     return norms / norms.mean().clamp(min=torch.finfo(norms.dtype).tiny)

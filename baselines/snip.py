@@ -77,7 +77,7 @@ def connection_sensitivity(
     total = {name: torch.zeros_like(w, requires_grad=False) for name, w in weights.items()}
     with torch.random.fork_rng():
         for x, y in batches:
-            loss = twin.run((x,), {}, functools.partial(_loss, criterion, y))
+            _, loss = twin.run((x,), {}, functools.partial(_loss, criterion, y))
             gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
             for own, gradient in zip(total.values(), gradients, strict=True):
                 own += gradient

@@ -19,18 +19,11 @@ the options.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib import metadata
-from itertools import islice, pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -39,18 +32,15 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
+from torch import nn
+from torch.optim import SGD
 
-import kfac_flat
-from benchmarks.pruner_speed import ROOT, cpu_name, progress_bar
-from benchmarks.torchvision_models import datasets
+from benchmarks import tasks
+from benchmarks.records import Record, append, circumstances, command_line, how_made, progress_bar, read_records, spread
+from benchmarks.tasks import CifarNet, Task, accuracy, load_small_cifar
 from examples import digits
-from examples.digits import DigitsNet, Images, ResidualBlock, accuracy, dense_size
+from examples.digits import Images, dense_size
 from kfac_flat import FlatKFAC, NeuronPruner
-
-Record = dict[str, Any]
 
 # ---------------------------------------------------------------- policies
 
@@ -108,70 +98,23 @@ class Policy:
         """The policy that it is compared with: the plain one under the same optimizer."""
         return FLAT if self.flat else PLAIN
 
-    def schedule(self, epochs: int, last: int) -> dict[str, int]:
-        """Place the removals such that the last comes at the end of epoch ``last``, as many as fit before it."""
+    def schedule(self, task: Task, epochs: int) -> dict[str, int]:
+        """Place the removals such that the last comes when the task has it, as many as fit before it."""
         events = self.options.get("events", 5)
-        every = max(1, 10 // events)
-        fitting = min(events, (last - 1) // every + 1)
-        return {"start": last - (fitting - 1) * every, "every": every, "events": fitting}
+        return task.removals(epochs, events, every=max(1, 10 // events))
 
 
 # ---------------------------------------------------------------- tasks
 
-
-class CifarNet(nn.Module):
-    """A residual network for 16 x 16 images: blocks of one, one, two and four times the width."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        widths = (width, width, width, 2 * width, 4 * width)
-        self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
-        self.blocks = nn.Sequential(*(ResidualBlock(i, o, stride=1 if i == o else 2) for i, o in pairwise(widths)))
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.head = nn.Linear(widths[-1], 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map images ``[N, 3, 16, 16]`` to logits ``[N, 10]``."""
-        x = self.relu(self.norm(self.stem(x)))
-        return self.head(self.pool(self.blocks(x)).flatten(1))
-
-
-def load_cifar(root: Path | None) -> tuple[Images, Images]:
-    """Return the first 10,000 training and 2,000 test images of CIFAR-10, each pixel the mean of four."""
-    if root is None:
-        raise SystemExit("the task cifar needs --data-root, the folder with cifar-10-batches-py/")
-    return _cifar_part(root, True, 10_000), _cifar_part(root, False, 2_000)
-
-
-def _cifar_part(root: Path, train: bool, count: int) -> Images:
-    data = datasets.CIFAR10(root, train=train)
-    images = torch.from_numpy(data.data[:count]).movedim(3, 1).float() / 255
-    small = nn.functional.avg_pool2d(images, 2).contiguous(memory_format=torch.channels_last)  # a little faster
-    return Images(small, torch.tensor(data.targets[:count]))
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained, how long, and when the last removal comes; ``seen`` is the share of the images in an epoch."""
-
-    load: Callable[[Path | None], tuple[Images, Images]]
-    network: Callable[[int], nn.Module]
-    width: int
-    epochs: int
-    last: int
-    batch_size: int
-    seen: float = 1.0
-
-    def last_removal(self, epochs: int) -> int:
-        """Return the epoch of the last removal in a training of another length."""
-        return max(1, round(epochs * self.last / self.epochs))
-
-
 TASKS = {
-    "digits": Task(lambda _: digits.load_data("cpu"), DigitsNet, width=32, epochs=24, last=13, batch_size=64, seen=0.5),
-    "cifar": Task(load_cifar, CifarNet, width=16, epochs=18, last=11, batch_size=128, seen=0.25),
+    "digits": replace(tasks.TASKS["digits"], seen=0.5),
+    "cifar": Task(
+        *(load_small_cifar, lambda: CifarNet((16, 16, 16, 32, 64), stride=2)),
+        epochs=18,
+        last=11,
+        batch_size=128,
+        seen=0.25,
+    ),
 }
 
 
@@ -184,26 +127,20 @@ def run(
     """Train one network, remove a share ``level`` of its neurons on the way, and say what came of it."""
     torch.manual_seed(seed)
     shuffle = torch.Generator().manual_seed(seed)
-    model, example = task.network(task.width), train_set.images[:1]
-    settings = digits.Settings()
-    optimizer: Optimizer = SGD(model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=5e-4)
+    model, example = task.network(), train_set.images[:1]
+    optimizer = task.optimizer(model)
     if policy.flat:
         optimizer = FlatKFAC(optimizer, model)
     pruner = None
     if level:
-        options = policy.options | policy.schedule(epochs, task.last_removal(epochs))
+        options = policy.options | policy.schedule(task, epochs)
         pruner = NeuronPruner(model, optimizer, example, target=level, **options)
-    batches = int(task.seen * len(train_set.labels)) // task.batch_size
-    schedule = OneCycleLR(optimizer, settings.lr, epochs=epochs, steps_per_epoch=batches)
+    schedule = task.schedule(optimizer, epochs, train_set)
 
     start = time.perf_counter()
     for _ in range(epochs):
-        model.train()
-        for images, labels in islice(train_set.batches(task.batch_size, shuffle), batches):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-            schedule.step()
+        for _ in task.epoch(model, optimizer, schedule, train_set, shuffle):
+            pass
         if pruner:
             pruner.step()
     size = pruner.size if pruner else dense_size(model, example)[0]
@@ -223,11 +160,6 @@ def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(record[name] for name in ("task", "policy", "level", "seed", "epochs"))
 
 
-def read_runs(path: Path) -> list[Record]:
-    """Read the runs that are there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def planned(options: argparse.Namespace) -> Iterator[Record]:
     """Name the runs asked for, seeds outermost: whenever they are stopped, what is there can be compared."""
     for seed in options.seeds:
@@ -238,30 +170,12 @@ def planned(options: argparse.Namespace) -> Iterator[Record]:
                     yield {"task": name, "policy": policy, "level": level, "seed": seed, "epochs": epochs}
 
 
-def circumstances(options: argparse.Namespace) -> Record:
-    """Say with what, on what and when this is measured."""
-    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    revision = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "command": options.command,
-        "revision": revision or "unknown",
-        "versions": {
-            "python": platform.python_version(),
-            "kfac-flat": kfac_flat.__version__,
-            "torch": metadata.version("torch"),
-        },
-        "hardware": cpu_name(),
-        "threads": options.threads,
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-    }
-
-
 def run_all(options: argparse.Namespace, console: Console) -> None:
     """Make the runs that are missing, each written down when it is done."""
-    there = {identity(record) for record in read_runs(options.runs)}
+    there = {identity(record) for record in read_records(options.runs)}
     missing = [record for record in planned(options) if identity(record) not in there]
     data = cache(lambda name: TASKS[name].load(options.data_root))
-    about = circumstances(options)
+    about = circumstances(options.command, options.threads)
     with progress_bar(console) as progress:
         bar = progress.add_task("", total=len(missing))
         for record in missing:
@@ -269,8 +183,7 @@ def run_all(options: argparse.Namespace, console: Console) -> None:
             progress.update(bar, description=label)
             task, policy = TASKS[record["task"]], Policy.read(record["policy"])
             found = run(task, policy, record["level"], record["seed"], record["epochs"], *data(record["task"]))
-            with options.runs.open("a") as file:
-                file.write(json.dumps(record | found | about) + "\n")
+            append(options.runs, record | found | about)
             progress.advance(bar)
             if not console.is_terminal:
                 console.print(f"{label}: {found['accuracy']:.2f} %, {found['seconds']:.1f} s", soft_wrap=True)
@@ -282,12 +195,6 @@ def run_all(options: argparse.Namespace, console: Console) -> None:
 def by_seed(records: Iterable[Record], **wanted: Any) -> dict[int, Record]:
     """Return the runs that are as wanted, by seed."""
     return {r["seed"]: r for r in records if all(r[name] == value for name, value in wanted.items())}
-
-
-def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
-    """Write mean and standard deviation; one value has no deviation."""
-    written = form.format(mean(values))
-    return f"{written} ± {form.format(stdev(values)).lstrip('+')}" if len(values) > 1 else written
 
 
 def standard_errors(differences: Sequence[float]) -> str:
@@ -323,7 +230,7 @@ def row(records: Sequence[Record], policy: str) -> list[str]:
 
 def report(options: argparse.Namespace, console: Console) -> None:
     """Print and write the tables of all runs that are there, with how these were made."""
-    records = read_runs(options.runs)
+    records = read_records(options.runs)
     if not records:
         raise SystemExit(f"{options.runs} holds no runs yet")
     with (options.out / "table.txt").open("w") as file:
@@ -338,14 +245,7 @@ def notes(records: Sequence[Record]) -> Iterator[str]:
     """Say how the numbers are to be read, and how they were made."""
     yield "accuracy after the last epoch, mean ± standard deviation over seeds; minus plain: paired by seed, against"
     yield "the plain policy under the same optimizer; std. errors: that difference over its standard error"
-    for what in ("command", "revision", "versions", "hardware", "threads"):
-        values = dict.fromkeys(_plain(r[what]) for r in records)
-        yield f"{what}: {'; '.join(values)}"
-    yield f"{len(records)} runs, {sum(r['seconds'] for r in records):,.0f} s of training"
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    yield from how_made(records)
 
 
 # ---------------------------------------------------------------- the command
@@ -380,7 +280,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="lay out the runs that are there, and run nothing")
     options = parser.parse_args(arguments)
     options.runs = options.out / "runs.jsonl"
-    options.command = f"{parser.prog} {shlex.join(sys.argv[1:] if arguments is None else arguments)}".rstrip()
+    options.command = command_line(parser, arguments, options.data_root)
     return options
 
 

@@ -32,14 +32,13 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import kfac_flat
 from benchmarks import saliency_cost
+from benchmarks.records import ROOT, cpu_name, one_line, progress_bar
 from benchmarks.torchvision_models import models
 
-ROOT = Path(__file__).parents[1]
 OURS, PEER = "kfac-flat", "torch-pruning"
 MODELS = (
     "resnet18", "resnet50", "vgg16_bn", "alexnet", "mobilenet_v2", "mobilenet_v3_small", "densenet121",
@@ -173,12 +172,6 @@ def saliency_table(results: Mapping[str, Mapping[str, float]]) -> Table:
 # ---------------------------------------------------------------- the command
 
 
-def progress_bar(console: Console) -> Progress:
-    """Make a bar that is gone when the table comes; nothing where the output is no terminal."""
-    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
 def write(
     options: argparse.Namespace, name: str, found: Mapping[str, Any], table: Table, notes: Sequence[str] = ()
 ) -> None:
@@ -188,12 +181,8 @@ def write(
     with (options.out / f"{name}.txt").open("w") as file:
         console = Console(file=file, width=160)
         console.print(table)
-        for line in [*notes, *(f"{what}: {_one_line(value)}" for what, value in about.items())]:
+        for line in [*notes, *(f"{what}: {one_line(value)}" for what, value in about.items())]:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def _one_line(value: Any) -> str:
-    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def circumstances(options: argparse.Namespace) -> dict[str, Any]:
@@ -206,13 +195,6 @@ def circumstances(options: argparse.Namespace) -> dict[str, Any]:
         "hardware": {"cpu": cpu_name(), "threads": options.threads},
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
     }
-
-
-def cpu_name() -> str:
-    """Read the processor's name from where Linux has it, or ask the platform."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

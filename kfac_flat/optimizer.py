@@ -234,6 +234,10 @@ class FlatKFAC(OptimizerWrapper):
             terms[weight] = term * self._factor + terms.get(weight, 0.0)  # layers may share a weight
         return terms
 
+    def penalty_gradients(self) -> dict[nn.Parameter, Tensor]:
+        """The penalty's part of the present ``p.grad``, as added by the last :meth:`step`, by parameter."""
+        return {p: g * self._factor for p, g in self._applicable().items()}
+
     # ---------------------------------------------------------------- stepping
 
     def _change_gradients(self) -> None:
@@ -243,13 +247,21 @@ class FlatKFAC(OptimizerWrapper):
         elif self._refreshes_next():
             self._refresh()
         self._steps += 1
-        # A gradient of another shape stems from before a cut that this optimizer was not told of.
-        penalty = {p: g for p, g in (self._penalty or {}).items() if p.grad is not None and p.shape == g.shape}
+        penalty = self._applicable()
         if penalty:
             finite = self._set_factor(list(penalty))
-            gradients = [p.grad for p in penalty if p.grad is not None]
-            torch._foreach_addcmul_(gradients, list(penalty.values()), [self._factor] * len(penalty))
+            self._apply(penalty)
             self._count_skipped(finite)
+
+    def _applicable(self) -> dict[nn.Parameter, Tensor]:
+        """The penalty's gradient for the parameters that are stepped on, not bounded yet."""
+        # A gradient of another shape stems from before a cut that this optimizer was not told of.
+        return {p: g for p, g in (self._penalty or {}).items() if p.grad is not None and p.shape == g.shape}
+
+    def _apply(self, penalty: dict[nn.Parameter, Tensor]) -> None:
+        """Add the penalty's gradient, bounded, to that of the loss."""
+        gradients = [p.grad for p in penalty if p.grad is not None]
+        torch._foreach_addcmul_(gradients, list(penalty.values()), [self._factor] * len(penalty))
 
     def _set_factor(self, parameters: list[nn.Parameter]) -> Tensor:
         """Bound the penalty by the loss's gradient at this step, on the device; returns whether all is finite."""

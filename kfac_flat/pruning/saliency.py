@@ -34,8 +34,19 @@ def mask_gradient(weight: Tensor, gradient: Tensor, groups: int = 1) -> Tensor:
     return over_outputs.sum(-1).flatten()
 
 
+def input_mask_gradient(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """Gradient at masks on a layer's inputs, ``[C_in]``, of what has this gradient with respect to its weight."""
+    weight = layers.weight_of(layer)
+    if isinstance(layer, layers.TRANSPOSED):  # [C_in, C_out, *kernel]
+        return mask_gradient(weight.transpose(0, 1), gradient.transpose(0, 1))
+    return mask_gradient(weight, gradient, int(getattr(layer, "groups", 1)))
+
+
 class Saliency:
     """Running mean of Theta over optimizer steps.
+
+    Subclasses measure something else: another :meth:`effect` of the same gradients, or, with a ``record`` of their own,
+    a mean ``total / steps`` of whatever they collect between the steps.
 
     Args:
         consumers: Modules that read neurons, by name.
@@ -46,7 +57,7 @@ class Saliency:
     def __init__(self, consumers: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], ids: Tensor) -> None:
         self._consumers = consumers
         # Channels that cannot go are summed up in one place more than there are groups, and forgotten.
-        self._slots = {name: _slots(ids, inputs[name]) for name in consumers}
+        self._slots = {name: places(ids, inputs[name]) for name in consumers}
         self._readers = {name: torch.unique(slots[slots < len(ids)]) for name, slots in self._slots.items()}
         self._without_gradient = set(consumers)
         self.total = torch.zeros(len(ids))
@@ -68,20 +79,20 @@ class Saliency:
         self._move_to(next((w.device for w in with_gradient), self.total.device))
         theta = torch.zeros(len(self.total) + 1, device=self.total.device)
         for weight, name in with_gradient.items():
-            gradient, groups = weight.grad, int(getattr(self._consumers[name], "groups", 1))
-            assert gradient is not None
-            if isinstance(self._consumers[name], layers.TRANSPOSED):  # [C_in, C_out, *kernel]
-                contribution = mask_gradient(weight.transpose(0, 1), gradient.transpose(0, 1))
-            else:
-                contribution = mask_gradient(weight, gradient, groups)
+            assert weight.grad is not None
+            contribution = input_mask_gradient(self._consumers[name], weight.grad)
             if scale is not None:
                 contribution = contribution / scale
             if weight in direct:
                 contribution = contribution + direct[weight]
             theta.index_add_(0, self._slots[name], contribution.to(theta.dtype))
         finite = theta.isfinite().all()
-        self.total += torch.where(finite, theta[:-1].abs(), 0.0)
+        self.total += torch.where(finite, self.effect(theta[:-1]), 0.0)
         self.steps += finite
+
+    def effect(self, gradients: Tensor) -> Tensor:
+        """How much a step's gradients at the groups' masks count, ``[groups]``: their absolute values."""
+        return gradients.abs()
 
     def _move_to(self, device: torch.device) -> None:
         """Follow the model to another device."""
@@ -91,9 +102,9 @@ class Saliency:
 
     def scores(self) -> list[float] | None:
         """Theta of each group; infinite where a layer that reads it had no gradient; None before the first step."""
-        if not float(self.steps):
+        if not self.steps.any():
             return None
-        theta = self.total / self.steps
+        theta = self.total / self.steps.clamp(min=1)
         for name in self._without_gradient:
             theta[self._readers[name].to(theta.device)] = torch.inf
         scores: list[float] = theta.tolist()
@@ -108,13 +119,19 @@ class Saliency:
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Restore what :meth:`state_dict` gave for the same groups."""
+        """Restore what :meth:`state_dict` gave for the same groups.
+
+        Raises:
+            ValueError: if it was given for another number of groups.
+        """
+        if len(state["total"]) != len(self.total):  # type: ignore[arg-type]
+            raise ValueError("the state's saliency belongs to another number of groups than this model has")
         self.total.copy_(state["total"])  # type: ignore[arg-type]
         self.steps.copy_(state["steps"])  # type: ignore[arg-type]
         self._without_gradient = set(state["without_gradient"])  # type: ignore[call-overload]
 
 
-def _slots(ids: Tensor, channels: Tensor) -> Tensor:
+def places(ids: Tensor, channels: Tensor) -> Tensor:
     """Place of each channel's group among ``ids``, one past the end where it is not among them."""
     if not len(ids):
         return torch.zeros_like(channels)

@@ -113,6 +113,9 @@ class NeuronPruner:
         )
     """
 
+    # Subclasses that go by other criteria replace what is gathered at the optimizer's steps, or override _scores().
+    _criterion: type[Saliency] = Saliency
+
     def __init__(
         self,
         model: nn.Module,
@@ -333,7 +336,7 @@ class NeuronPruner:
     def _unscored(self, left: Remaining) -> Saliency:
         """Scores to begin with anew: effects measured before a cut say little of the model after it."""
         consumers = {name: self._model.get_submodule(name) for name in self._graph.consumers}
-        return Saliency(consumers, {name: left.channels[name].inputs for name in consumers}, left.groups.ids)
+        return self._criterion(consumers, {name: left.channels[name].inputs for name in consumers}, left.groups.ids)
 
     def _check_known(self) -> None:
         if not self._left.fits():
@@ -458,8 +461,6 @@ class NeuronPruner:
                 raise ValueError(f"the state keeps other channels of {name} than go together in this model")
         left = self._left.without(gone, self._left.measure(gone))
         saliency = self._unscored(left)
-        if len(state_dict["saliency"]["total"]) != len(left.groups.ids):
-            raise ValueError("the state's saliency belongs to another number of groups than this model has")
         saliency.load_state_dict(state_dict["saliency"])
         loaded = {"_saliency": saliency, "_epoch": state_dict["epoch"], "_event": state_dict["event"], "_undo": None}
         if self._options.times:  # what the rest of the run is measured by

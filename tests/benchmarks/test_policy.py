@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import policy
+from benchmarks import policy, tasks
 from benchmarks.policy import TASKS, Policy
 from examples.digits import Images
 from kfac_flat import FlatKFAC, NeuronPruner
@@ -82,7 +82,7 @@ def test_differences_are_taken_seed_by_seed_against_the_same_optimizer(tmp_path:
 @pytest.mark.parametrize("name", ["plain", "events=10", "pace=cubic+events=2"])
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_all_policies_remove_last_at_the_end_of_the_same_epoch(task: policy.Task, name: str) -> None:
-    schedule = Policy.read(name).schedule(task.epochs, task.last)
+    schedule = Policy.read(name).schedule(task, task.epochs)
     assert schedule["start"] >= 1
     assert schedule["start"] + (schedule["events"] - 1) * schedule["every"] == task.last
     assert schedule["events"] == Policy.read(name).options.get("events", 5)
@@ -140,7 +140,7 @@ def cifar(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """Noise in the form of CIFAR-10, in its place."""
     pixels = np.random.default_rng(0).integers(0, 256, (2_500, 32, 32, 3), dtype=np.uint8)
     fake = SimpleNamespace(CIFAR10=lambda root, train: SimpleNamespace(data=pixels, targets=[3, 7] * 1_250))
-    monkeypatch.setattr(policy, "datasets", fake)
+    monkeypatch.setattr(tasks, "datasets", fake)
     return pixels
 
 

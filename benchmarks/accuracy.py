@@ -1,0 +1,207 @@
+"""How much accuracy is left at which sparsity, method by method: the race.
+
+Every run trains a network from scratch and removes a share of its neurons on the way, by one of the methods in
+:mod:`benchmarks.methods` on one of the tasks in :mod:`benchmarks.tasks`. With the same seed, all methods start from the
+same weights and see the same batches, and all have the same epochs in all. Sparsity 0 is the dense network, as the
+method's optimizer trains it.
+
+Each run adds a line to ``TASK.jsonl`` in the folder of results: the accuracy after the last epoch, never the best, what
+is left of the network and how fast it is, how flat the minimum is, and how all this was made. Runs that are there
+already are not repeated, so the command can be stopped and given again, with more to do if you like.
+
+Run it with ``python -m benchmarks.accuracy --task digits --method hgnp taylor --sparsity 0.5 0.75 --seeds 0 1 2``
+(``pip install -e ".[benchmark,examples]"``); ``--help`` tells the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import kfac_flat
+from benchmarks.methods import METHODS, Method
+from benchmarks.records import Record, append, circumstances, command_line, progress_bar, read_records
+from benchmarks.tasks import TASKS, Task, accuracy
+from examples.digits import Images, dense_size, synchronize, whole
+from kfac_flat.pruning.latency import latency
+from kfac_flat.pruning.tracing import ExampleInputs
+
+RESULTS = Path("benchmarks/results/accuracy")
+MEASURED = 256  # images on which latency, rho and sharpness are measured
+
+# ---------------------------------------------------------------- one run
+
+
+def run(
+    task: Task,
+    method: Method,
+    sparsity: float,
+    seed: int,
+    epochs: int,
+    data: tuple[Images, Images],
+    on_epoch: Callable[[], None] = lambda: None,
+) -> Record:
+    """Train one network, remove a share of its neurons on the way, and say what came of it."""
+    torch.manual_seed(seed)
+    shuffle = torch.Generator().manual_seed(seed)
+    train_set, test_set = data
+    model, example = task.network().to(train_set.images.device), train_set.images[:1]
+    size, widths = dense_size(model, example)
+    optimizer = method.optimizer(task.optimizer(model), model)
+    pruner = None
+    if sparsity and method.pruner:
+        timing = method.timing(task, epochs, task.updates(train_set), round(sparsity * size.neurons))
+        pruner = method.pruner(model, optimizer, example, target=sparsity, **timing.options, **method.options)
+    schedule = task.schedule(optimizer, epochs, train_set)
+
+    start, updates = time.perf_counter(), 0
+    for _ in range(epochs):
+        for _ in task.epoch(model, optimizer, schedule, train_set, shuffle):
+            updates += 1
+            if pruner and timing.is_due(updates):
+                pruner.step()
+        on_epoch()
+    synchronize(example.device)
+    seconds = time.perf_counter() - start
+    if pruner:
+        size, widths = pruner.size, pruner.widths
+    return {
+        "accuracy": accuracy(model, test_set),
+        "seconds": round(seconds, 2),
+        **{name: value for name, value in asdict(size).items() if value is not None},
+        "latency": latency(model, ExampleInputs.of(test_set.images[:MEASURED])),
+        "rho": max(kfac_flat.spectral_radii(model.eval(), test_set.images[:MEASURED]).values()),
+        "sharpness": sharpness(model, train_set.images[:MEASURED], train_set.labels[:MEASURED]),
+        "widths": widths,
+    }
+
+
+def sharpness(model: nn.Module, images: Tensor, labels: Tensor, noise: float = 0.1, draws: int = 20) -> float:
+    """Mean rise of the loss in eval mode when every weight is multiplied by 1 plus normal noise, for weights of layers.
+
+    It stays the same when weights are scaled without a change of the function, such as those in front of a ReLU against
+    those behind it [average-case adaptive sharpness, Andriushchenko et al., arXiv 2302.07011].
+
+    Args:
+        model: Switched to eval mode.
+        images: ``[N, ...]``.
+        labels: ``[N]``.
+        noise: Its standard deviation.
+        draws: Number of times it is drawn; always the same noise for the same network.
+    """
+    model.eval()
+    generator = torch.Generator(images.device).manual_seed(0)
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1}
+
+    def loss(parameters: Mapping[str, Tensor]) -> float:
+        return float(F.cross_entropy(functional_call(model, dict(parameters), (images,)), labels))
+
+    def disturbed(w: Tensor) -> Tensor:
+        return w * (1 + noise * torch.randn(w.shape, generator=generator, device=w.device, dtype=w.dtype))
+
+    with torch.inference_mode():
+        plain = loss(weights)
+        rises = [loss({name: disturbed(w) for name, w in weights.items()}) - plain for _ in range(draws)]
+    return sum(rises) / draws
+
+
+# ---------------------------------------------------------------- all runs
+
+
+def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What makes two runs the same run."""
+    return tuple(record[name] for name in ("task", "method", "sparsity", "seed", "epochs"))
+
+
+def planned(options: argparse.Namespace) -> Iterator[Record]:
+    """Name the runs asked for, seeds outermost: whenever they are stopped, what is there can be compared."""
+    for seed in options.seeds:
+        for task in options.task:
+            for sparsity in options.sparsity:
+                for method in options.method:
+                    epochs = options.epochs or TASKS[task].epochs
+                    yield {"task": task, "method": method, "sparsity": sparsity, "seed": seed, "epochs": epochs}
+
+
+def run_all(options: argparse.Namespace, console: Console) -> None:
+    """Make the runs that are missing, each written down when it is done."""
+    files = {task: options.out / f"{task}.jsonl" for task in options.task}
+    there = {identity(record) for file in files.values() for record in read_records(file)}
+    missing = [record for record in planned(options) if identity(record) not in there]
+    data = cache(lambda name: loaded(TASKS[name], options.data_root, options.device))
+    about = circumstances(options.command, options.threads, options.device, ("torch", "torchvision"))
+    with progress_bar(console) as progress:
+        bar = progress.add_task("", total=sum(record["epochs"] for record in missing))
+        for record in missing:
+            task, name, sparsity, seed, epochs = identity(record)
+            label = f"{task} {sparsity} {seed} {name}"
+            progress.update(bar, description=label)
+            found = run(
+                *(TASKS[task], METHODS[name], sparsity, seed, epochs, data(task)), lambda: progress.advance(bar)
+            )
+            append(files[task], record | found | about)
+            console.print(f"{label}: {found['accuracy']:.2f} %, {found['seconds']:.1f} s", soft_wrap=True)
+
+
+def loaded(task: Task, root: Path | None, device: str) -> tuple[Images, Images]:
+    """Load a task's images, and keep them where they are used."""
+    train, test = (Images(part.images.to(device), part.labels.to(device)) for part in task.load(root))
+    return train, test
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    run_all(options, Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy",
+        description="Compare methods by the accuracy that is left at given sparsities.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=["digits"], help="what to train on")
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=["hgnp", "taylor"], help="how")
+    parser.add_argument("--sparsity", nargs="+", type=_share, default=[0.5, 0.75], metavar="SHARE", help="of neurons")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="repetitions")
+    parser.add_argument("--epochs", type=whole(1), help="of training; each task has its own unless given")
+    parser.add_argument("--data-root", type=Path, help="folder with MNIST/ or cifar-10-batches-py/, as of torchvision")
+    parser.add_argument("--device", default="cpu", help="torch device to run on")
+    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
+    options = parser.parse_args(arguments)
+    training = [name for name in options.method if METHODS[name].pruner is None]
+    if training and any(options.sparsity):
+        parser.error(f"--method {' '.join(training)} removes no neurons: give --sparsity 0")
+    options.command = command_line(parser, arguments, options.data_root)
+    return options
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and less than 1")
+    return value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Records of runs: one line of JSON each, added when a run is done and never changed, with how they were made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import kfac_flat
+
+Record = dict[str, Any]
+
+ROOT = Path(__file__).parents[1]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read what is there.
+
+    Raises:
+        SystemExit: if a line cannot be read; nothing is ever mended here.
+    """
+    records = []
+    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else (), 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"{path}, line {number}, is no JSON ({error}): mend or delete this line") from error
+    return records
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line, in one write, so that runs going on at the same time may share a file."""
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def command_line(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, data_root: Path | None) -> str:
+    """Write the command that was given, DATA for the folder of data: where it lies is nobody's business."""
+    command = f"{parser.prog} {shlex.join(sys.argv[1:] if arguments is None else arguments)}".rstrip()
+    return command if data_root is None else command.replace(str(data_root), "DATA")
+
+
+def circumstances(command: str, threads: int, device: str = "cpu", packages: Iterable[str] = ("torch",)) -> Record:
+    """Say with what, on what and when something is measured."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    revision = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "command": command,
+        "revision": revision or "unknown",
+        "versions": {
+            "python": platform.python_version(),
+            "kfac-flat": kfac_flat.__version__,
+            **{package: metadata.version(package) for package in packages},
+        },
+        "hardware": hardware(torch.device(device)),
+        "threads": threads,
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """Name the model of what computes."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def cpu_name() -> str:
+    """Read the processor's name from where Linux has it, or ask the platform."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def progress_bar(console: Console) -> Progress:
+    """Make a bar that is gone when the table comes; nothing where the output is no terminal."""
+    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def one_line(value: Any) -> str:
+    """Write a value, or names with their values, on one line."""
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def how_made(records: Sequence[Record]) -> Iterable[str]:
+    """Say under which circumstances records were made, each once."""
+    for what in ("command", "revision", "versions", "hardware", "threads"):
+        yield f"{what}: {'; '.join(dict.fromkeys(one_line(r[what]) for r in records))}"
+    yield f"{len(records)} runs, {sum(r['seconds'] for r in records):,.0f} s of training"
+
+
+def spread(values: Sequence[float], form: str = "{:.2f}") -> str:
+    """Write mean and standard deviation; one value has no deviation."""
+    written = form.format(mean(values))
+    return f"{written} ± {form.format(stdev(values)).lstrip('+')}" if len(values) > 1 else written

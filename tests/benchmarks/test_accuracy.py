@@ -1,0 +1,205 @@
+"""python -m benchmarks.accuracy: every method runs, and what is written down is true."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks import accuracy
+from benchmarks.methods import METHODS
+from benchmarks.records import read_records
+from benchmarks.tasks import TASKS, Task
+from examples.digits import Images
+from kfac_flat import FlatKFAC
+
+DENSE = 288  # neurons of the network for digits
+
+
+def command(folder: Path, *arguments: Any) -> list[dict[str, Any]]:
+    """Train on digits for two epochs; returns all runs that are there afterwards."""
+    usual = ["--task", "digits", "--epochs", "2", "--seeds", "0", "--sparsity", "0.75", "--out", str(folder)]
+    accuracy.main([*usual, *map(str, arguments)])
+    return [json.loads(line) for line in (folder / "digits.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_on_few_images() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accuracy, "MEASURED", 16)
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("accuracy")
+    command(folder, "--method", "theta")
+    return folder
+
+
+def test_a_run_says_what_came_of_it_and_how_it_was_made(folder: Path) -> None:
+    (run,) = read_records(folder / "digits.jsonl")
+    assert accuracy.identity(run) == ("digits", "theta", 0.75, 0, 2)
+    assert run["neurons"] == pytest.approx(DENSE / 4, abs=2)
+    assert run["neurons"] == sum(run["widths"].values()) - 10
+    assert run["parameters"] < 77_290 / 4
+    assert run["macs"] < 2_116_224 / 4
+    assert 5 < run["accuracy"] <= 100
+    assert 0 < run["latency"] < run["seconds"]
+    assert run["rho"] > 0
+    assert math.isfinite(run["sharpness"])
+    assert run["versions"]["torch"] == torch.__version__
+    assert run["threads"] == 1
+    assert run["hardware"]
+    assert run["revision"]
+    assert "--epochs 2" in run["command"]
+
+
+def test_runs_are_not_repeated_and_earlier_lines_stay_as_they_are(folder: Path) -> None:
+    before = (folder / "digits.jsonl").read_bytes()
+    command(folder, "--method", "theta")
+    assert (folder / "digits.jsonl").read_bytes() == before
+    _, random = command(folder, "--method", "theta", "random")
+    after = (folder / "digits.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert random["method"] == "random"
+
+
+def test_the_folder_of_data_is_not_written_down(tmp_path: Path) -> None:
+    (run,) = command(tmp_path, "--method", "sgd", "--sparsity", 0, "--data-root", tmp_path / "private")
+    assert "--data-root DATA" in run["command"]
+    assert "private" not in run["command"]
+    assert (run["neurons"], run["parameters"], run["macs"]) == (DENSE, 77_290, 2_116_224)
+
+
+def test_a_line_that_cannot_be_read_is_reported_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "digits.jsonl").write_text('{"task": "dig')
+    with pytest.raises(SystemExit, match="line 1, is no JSON"):
+        command(tmp_path, "--method", "theta")
+    assert (tmp_path / "digits.jsonl").read_text() == '{"task": "dig'
+
+
+@pytest.fixture
+def few() -> tuple[Task, tuple[Images, Images]]:
+    """Part of the digits, and a task for it."""
+    train, test = TASKS["digits"].load(None)
+    part = Images(train.images[:192], train.labels[:192])
+    return TASKS["digits"], (part, test)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_and_removes_what_it_is_asked_to(name: str, few: Any) -> None:
+    task, data = few
+    sparsity = 0.5 if METHODS[name].pruner else 0.0
+    epochs: list[int] = []
+    found = accuracy.run(task, METHODS[name], sparsity, 0, 3, data, lambda: epochs.append(1))
+    assert found["neurons"] == pytest.approx((1 - sparsity) * DENSE, abs=2)
+    assert len(epochs) == 3
+
+
+def test_methods_differ_and_the_same_one_repeats_itself(few: Any) -> None:
+    task, data = few
+    runs = [accuracy.run(task, METHODS[name], 0.5, 0, 2, data) for name in ("hgnp", "hgnp", "theta", "magnitude-l1")]
+    for what in ("accuracy", "rho", "sharpness", "widths"):
+        assert runs[0][what] == runs[1][what]
+    assert len({json.dumps(run["widths"]) for run in runs[1:]}) == 3
+
+
+def test_the_dense_network_is_trained_as_the_methods_optimizer_does(few: Any) -> None:
+    task, data = few
+    flat, theta, sgd = (accuracy.run(task, METHODS[name], 0.0, 0, 2, data) for name in ("hgnp", "theta", "sgd"))
+    assert theta["sharpness"] == sgd["sharpness"]
+    assert flat["sharpness"] != sgd["sharpness"]
+    model = nn.Linear(2, 2)
+    assert isinstance(METHODS["hgnp"].optimizer(task.optimizer(model), model), FlatKFAC)
+
+
+# ---------------------------------------------------------------- timing
+
+
+@pytest.mark.parametrize("updates", [1, 7, 390])
+@pytest.mark.parametrize("going", [1, 20, 3_000])
+@pytest.mark.parametrize("epochs", [2, 9, 60])
+def test_single_neurons_go_evenly_after_a_third_and_until_the_last_removal(
+    updates: int, going: int, epochs: int
+) -> None:
+    task = TASKS["cifar10-resnet18"]
+    timing = METHODS["taylor-one-by-one"].timing(task, epochs, updates, going)
+    due = [update for update in range(1, epochs * updates + 1) if timing.is_due(update)]
+    each = timing.options["neurons_per_event"]
+    needed = math.ceil(going / each)
+    assert len(due) >= needed
+    assert due[0] >= epochs // 3 * updates
+    assert due[needed - 1] <= max(due[0], task.last_removal(epochs) * updates)
+    assert each == 1 or going > (task.last_removal(epochs) - max(1, epochs // 3)) * updates
+
+
+def test_other_methods_are_stepped_at_the_end_of_each_epoch() -> None:
+    timing = METHODS["hgnp"].timing(TASKS["digits"], 24, 21, 100)
+    assert [update for update in range(1, 100) if timing.is_due(update)] == [21, 42, 63, 84]
+    assert timing.options == {"start": 4, "every": 1, "events": 10}
+
+
+# ---------------------------------------------------------------- sharpness
+
+
+def test_sharpness_is_the_mean_rise_of_the_loss_under_relative_noise() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(7):
+        noisy = copy.deepcopy(model).eval()
+        for layer in (noisy[0], noisy[3]):
+            layer.weight.data += 0.3 * torch.randn(layer.weight.shape, generator=generator) * layer.weight.data
+        losses.append(F.cross_entropy(noisy(x), y).item())
+    expected = sum(losses) / 7 - F.cross_entropy(model.eval()(x), y).item()
+    assert accuracy.sharpness(model, x, y, noise=0.3, draws=7) == pytest.approx(expected, rel=1e-4)
+    assert accuracy.sharpness(model, x, y, noise=0.0) == pytest.approx(0, abs=1e-6)
+
+
+def test_sharpness_does_not_change_when_layers_are_scaled_against_each_other() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    before = accuracy.sharpness(model, x, y)
+    with torch.no_grad():
+        for p in model[0].parameters():
+            p.mul_(8)
+        model[2].weight.div_(8)
+    assert accuracy.sharpness(model, x, y) == pytest.approx(before, rel=1e-4)
+    assert abs(before) > 1e-5
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--method", "sgd"], "sgd removes no neurons: give --sparsity 0"),
+        (["--method", "magic"], "invalid choice: 'magic'"),
+        (["--task", "imagenet"], "invalid choice: 'imagenet'"),
+        (["--sparsity", "1"], "must be at least 0 and less than 1"),
+    ],
+)
+def test_impossible_options_are_refused(wrong: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        accuracy.main(wrong)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tasks_with_files_ask_for_them(tmp_path: Path) -> None:
+    for task, holds in (("mnist-mlp", "MNIST/"), ("cifar10-resnet18-small", "cifar-10-batches-py/")):
+        with pytest.raises(SystemExit, match=f"--data-root, the folder with {holds}"):
+            accuracy.main(["--task", task, "--method", "theta", "--out", str(tmp_path)])
