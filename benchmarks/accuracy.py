@@ -181,7 +181,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["digits"], help="what to train on")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["hgnp", "taylor"], help="how")
-    parser.add_argument("--sparsity", nargs="+", type=_share, default=[0.5, 0.75], metavar="SHARE", help="of neurons")
+    parser.add_argument("--sparsity", nargs="+", type=share, default=[0.5, 0.75], metavar="SHARE", help="of neurons")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="repetitions")
     parser.add_argument("--epochs", type=whole(1), help="of training; each task has its own unless given")
     parser.add_argument("--data-root", type=Path, help="folder with MNIST/ or cifar-10-batches-py/, as of torchvision")
@@ -196,7 +196,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
+    """Read a share in [0, 1)."""
     value = float(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 0 and less than 1")

@@ -135,6 +135,9 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 
 # ---------------------------------------------------------------- recipes
 
+# The loss of every task, for optimizers that watch it.
+CRITERION = nn.CrossEntropyLoss()
+
 
 @dataclass(frozen=True)
 class Task:
@@ -193,7 +196,7 @@ class Task:
         model.train()
         for images, labels in islice(train_set.batches(self.batch_size, generator), self.updates(train_set)):
             optimizer.zero_grad()
-            F.cross_entropy(model(augmented(images, generator) if self.augment else images), labels).backward()
+            CRITERION(model(augmented(images, generator) if self.augment else images), labels).backward()
             optimizer.step()
             schedule.step()
             yield

@@ -34,6 +34,7 @@ class _Options:
 
     mu: Schedule
     rho_max: Schedule
+    penalty: str
     every: int
     survey_every: int
     batch_fraction: float
@@ -72,6 +73,7 @@ def _is_number(value: Any, low: float, high: float) -> bool:
 
 
 _CHOICES = {
+    "penalty": ("linear", "log"),
     "fisher": ("sampled", "empirical"),
     "reduction": ("max", "sum"),
     "eigenpairs": ("streaming", "exact"),
@@ -106,6 +108,8 @@ class FlatKFAC(OptimizerWrapper):
         mu: Weight of the penalty, or a function of the step count. A parameter group with an entry ``"mu"`` or
             ``"rho_max"`` of its own descends the objective with that one instead.
         rho_max: K, the spectral radius below which there is no penalty, or a function of the step count.
+        penalty: ``"linear"``, mu * max(0, rho - K) as in the paper, or ``"log"``, mu * max(0, log rho - log K), whose
+            gradient mu * grad rho / rho does not depend on the scale of rho, so that one mu serves many networks.
         every: Steps from one computation of the penalty's gradient to the next, a refresh.
         survey_every: Refreshes from one look at all layers, to see which attains the maximum, to the next.
         batch_fraction: Share of the batch, in (0, 1], that it is computed on; at least two examples. Gradients that
@@ -147,6 +151,7 @@ class FlatKFAC(OptimizerWrapper):
         *,
         mu: Schedule = 0.01,
         rho_max: Schedule = 0.0,
+        penalty: str = "linear",
         every: int = 4,
         survey_every: int = 4,
         batch_fraction: float = 0.5,
@@ -162,6 +167,7 @@ class FlatKFAC(OptimizerWrapper):
         self._options = _Options(
             mu=mu,
             rho_max=rho_max,
+            penalty=penalty,
             every=every,
             survey_every=survey_every,
             batch_fraction=batch_fraction,
@@ -314,8 +320,9 @@ class FlatKFAC(OptimizerWrapper):
         return {p: weight for parameters, weight in of_groups for p in parameters}
 
     def _weight(self, group: Mapping[str, Any], rho: Tensor) -> Tensor:
-        """Return a group's mu where rho exceeds its rho_max, zero elsewhere."""
-        return self._setting(group, "mu") * (rho > self._setting(group, "rho_max")).to(rho)
+        """Return the derivative of a group's penalty by rho: zero where rho does not exceed its rho_max."""
+        slope = (rho > self._setting(group, "rho_max")).to(rho) * self._setting(group, "mu")
+        return slope / rho.clamp(min=torch.finfo(rho.dtype).tiny) if self._options.penalty == "log" else slope
 
     def _rho_gradient(self, call: RecordedCall, parameters: list[nn.Parameter]) -> RadiusGradient:
         """Differentiate rho on the share of a batch that the options ask for, or on all of it where that cannot be."""

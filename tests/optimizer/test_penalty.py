@@ -96,6 +96,29 @@ def test_another_layer_at_the_maximum_is_differentiated_from_the_next_refresh_on
         assert optimizer.rho == pytest.approx(values[after].item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_the_logarithmic_penalty_has_the_gradient_of_log_rho_whatever_its_scale(scale: float) -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    criterion = nn.CrossEntropyLoss()
+
+    class Scaled(nn.Module):
+        reduction = "mean"
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return scale * criterion(output, target)
+
+    def scaled_sum(output: Tensor) -> Tensor:
+        return scale * cross_entropy_sum(y)(output)
+
+    rho, gradient = rho_and_gradient(model, scaled_sum, x)
+    seen = penalty(model, plain(model, Scaled(), mu=0.3, penalty="log", rho_max=0.5 * float(rho)), x, y)
+    assert_gradients_close(seen, times(0.3 / float(rho), gradient))
+    _, unscaled = rho_and_gradient(model, cross_entropy_sum(y), x)
+    assert_gradients_close(seen, times(0.3 / (float(rho) / scale**2), unscaled))
+    above = penalty(model, plain(model, Scaled(), mu=0.3, penalty="log", rho_max=2 * float(rho)), x, y)
+    assert not any(g.any() for g in above)
+
+
 def test_between_surveys_only_the_layer_known_to_attain_the_maximum_is_read_and_differentiated() -> None:
     model, (x, y) = mlp(), batch(8, 4)
     optimizer = plain(model, mu=0.3, survey_every=3)
