@@ -74,9 +74,9 @@ def _begin(maps: FeatureMaps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def _reads(name: str) -> Watcher:
     def watch(maps: FeatureMaps, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, *others = args
+        x, *others = args or kwargs.values()  # layers call it by different names
         replaced = maps.reads(name, x)
-        return None if replaced is None else ((replaced, *others), kwargs)
+        return None if replaced is None else ((replaced, *others), kwargs if args else {})
 
     return watch
 

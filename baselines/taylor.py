@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from baselines.reading import FeatureMapPruner, FeatureMaps
 from kfac_flat import NeuronPruner
+from kfac_flat.pruning.budget import Ranking
 from kfac_flat.pruning.costs import Costs
 from kfac_flat.pruning.saliency import Saliency
 
@@ -106,6 +107,7 @@ class TaylorPruner(FeatureMapPruner):
     Args:
         arguments: As of NeuronPruner.
         flops_weight: lambda of the FLOPs term; the paper's is 1e-3.
+        normalize: The norm, as of NeuronPruner; "l2" in the paper.
         options: As of NeuronPruner.
 
     Raises:
@@ -129,17 +131,22 @@ class TaylorPruner(FeatureMapPruner):
 
     _criterion = FirstOrderEffects
 
-    def __init__(self, *arguments: Any, flops_weight: float = 0.0, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, flops_weight: float = 0.0, normalize: str | None = "l2", **options: Any
+    ) -> None:
         if not flops_weight >= 0:
             raise ValueError(f"flops_weight={flops_weight!r} must be a number >= 0")
-        self._flops_weight = flops_weight
+        Ranking(normalize=normalize)  # refuses what it does not know
+        self._flops_weight, self._norm = flops_weight, normalize
         super().__init__(*arguments, **options)
 
     def _scores(self) -> list[float] | None:
         scores = super()._scores()
         if scores is None:
             return None
-        effects = self._groups.normalised(torch.tensor(scores, dtype=torch.float64), "l2")
+        effects = torch.tensor(scores, dtype=torch.float64)
+        if self._norm is not None:  # here, and not where groups compete, since FLOPs are taken off afterwards
+            effects = self._groups.normalised(effects, self._norm)
         _, macs = Costs(self._model, self._channels, self._graph.positions).of_each(self._groups.ids)
         return (effects - self._flops_weight * 2e-6 * macs).tolist()
 

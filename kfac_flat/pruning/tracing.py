@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -244,6 +245,8 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Trace into a submodule; the innermost one that fails is remembered."""
+        if not args and self._is_known(m) and list(kwargs) == [*inspect.signature(m.forward).parameters][:1]:
+            args, kwargs = tuple(kwargs.values()), {}  # rules expect what a layer reads in its place, not by name
         try:
             return super().call_module(m, forward, args, kwargs)
         except _TRACE_ERRORS:

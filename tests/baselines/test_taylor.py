@@ -266,8 +266,35 @@ def test_examples_that_cannot_be_told_apart_are_refused_with_advice() -> None:
     assert pruner._scores() is None
 
 
-def test_a_negative_weight_of_the_flops_is_refused() -> None:
+@pytest.mark.parametrize("normalize", [None, "mean"])
+def test_another_norm_may_be_asked_for(normalize: Any) -> None:
+    model, x, y = built("Mlp")
+    pruner, optimizer = pruner_of(model, x, normalize=normalize)
+    gradients = gate_gradients(model, x, lambda output: F.cross_entropy(output, y, reduction="sum"))
+    one_step(model, optimizer, x, y)
+    theta = [g.abs().mean(0) for g in gradients.values()]
+    assert_close(scores_of(pruner), torch.cat([t if normalize is None else t / t.mean() for t in theta]))
+
+
+def test_inputs_given_by_name_are_read_as_well() -> None:
+    class Named(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[2](input=self[1](self[0](input=x)))
+
+    torch.manual_seed(0)
+    plain, x, y = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(5, 4), torch.arange(5) % 3
+    found = []
+    for model in (plain, Named(*copy.deepcopy(plain))):
+        pruner, optimizer = pruner_of(model, x)
+        one_step(model, optimizer, x, y)
+        found.append(scores_of(pruner))
+    assert torch.equal(found[0], found[1])
+
+
+def test_options_out_of_range_are_refused() -> None:
     model, x, _ = built("Mlp")
+    with pytest.raises(ValueError, match="normalize='l3' must be one of None, 'mean', 'max', 'l2'"):
+        pruner_of(model, x, normalize="l3")
     with pytest.raises(ValueError, match="flops_weight=-1 must be a number >= 0"):
         pruner_of(model, x, flops_weight=-1)
 

@@ -540,3 +540,38 @@ def test_choosing_neurons_that_are_tied_to_others_is_refused_by_the_check(monkey
         with pytest.raises(CutError):
             pruner.step()
     assert_nothing_happened_and_training_goes_on(model, optimizer, pruner, x, y, before)
+
+
+@pytest.mark.parametrize("penalised", [False, True])
+def test_layers_that_are_given_their_input_by_name_are_cut_like_any_others(penalised: bool) -> None:
+    class ByName(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self[2](self[1](input=self[0](input=x)))
+            return self[5](input=self[4](self[3](input=x).mean((2, 3))))
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        *(conv(2, 6), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    )
+    layers = [plain[0], plain[1], plain[2], plain[3], nn.Identity(), plain[6]]
+    named = ByName(*copy.deepcopy(layers))
+    x, y, found = torch.randn(9, 2, 6, 6), torch.arange(9) % 3, []
+    for model in (plain, named):
+        optimizer: optim.Optimizer = optim.SGD(model.parameters(), lr=0.05)
+        if penalised:
+            optimizer = FlatKFAC(optimizer, model)
+        pruner = NeuronPruner(model, optimizer, x, target=0.5, start=1, every=1, events=1)
+        train(model, optimizer, x, y, 2)
+        assert pruner.step().after.neurons == 7
+        found.append(model(x))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_an_input_given_by_a_wrong_name_is_refused_as_running_would() -> None:
+    class Misnamed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](inputs=self[0](x))
+
+    model = Misnamed(nn.Linear(4, 6), nn.Linear(6, 3))
+    with pytest.raises(ValueError, match="inputs"):
+        NeuronPruner(model, optim.SGD(model.parameters(), lr=0.1), torch.randn(1, 4), target=0.5)

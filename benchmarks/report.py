@@ -1,0 +1,181 @@
+"""Tables and pictures of all runs that :mod:`benchmarks.accuracy` has made.
+
+Written to ``docs/results/``: ``accuracy.md``, and for each task ``accuracy/TASK.png``. Nothing is measured here and no
+number is typed by hand: run ``python -m benchmarks.report`` again whenever there are more runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.accuracy import MEASURED, RESULTS
+from benchmarks.methods import METHODS
+from benchmarks.records import Record, how_made, read_records, spread
+
+REFERENCE = "taylor"  # what areas are compared with, as in the paper's Table 4
+COLUMNS: dict[str, Callable[[Record], float]] = {  # what else is told of runs, and how it is counted
+    "neurons": lambda r: r["neurons"],
+    "parameters": lambda r: r["parameters"],
+    "MACs": lambda r: r["macs"],
+    "latency ms": lambda r: 1000 * r["latency"],
+    "training s": lambda r: r["seconds"],
+    "rho": lambda r: r["rho"],
+    "sharpness": lambda r: r["sharpness"],
+}
+PREFACE = f"""\
+# Accuracy against sparsity
+
+Written by `python -m benchmarks.report` from the runs of `python -m benchmarks.accuracy`.
+
+- Accuracy: on the test images after the last epoch, in %, mean ± standard deviation (number of seeds); the highest mean
+  is in bold.
+- Area: under accuracy against sparsity, how much larger than that of {REFERENCE}, at the sparsities that both have.
+- Latency: of one call on {MEASURED} test images, on which rho is measured as well.
+- Sharpness: mean rise of the training loss when all weights of layers are multiplied by 1 plus normal noise of 0.1.
+"""
+STYLES = ("-", "--", ":", "-.")
+
+# ---------------------------------------------------------------- numbers
+
+
+def methods_of(runs: Iterable[Record]) -> list[str]:
+    """Return the methods there are, in the order in which they are listed."""
+    there = {r["method"] for r in runs}
+    return [name for name in METHODS if name in there] + sorted(there - METHODS.keys())
+
+
+def levels_of(runs: Iterable[Record]) -> list[float]:
+    """Return the sparsities there are, ascending."""
+    return sorted({r["sparsity"] for r in runs})
+
+
+def matching(runs: Iterable[Record], method: str, sparsity: float) -> list[Record]:
+    """Return a method's runs at one sparsity."""
+    return [r for r in runs if (r["method"], r["sparsity"]) == (method, sparsity)]
+
+
+def area(runs: Sequence[Record], method: str, levels: Sequence[float]) -> float:
+    """Area under the curve of mean accuracy (%) against sparsity, between the first level and the last."""
+    points = [(level, mean(r["accuracy"] for r in matching(runs, method, level))) for level in levels]
+    return sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairwise(points))
+
+
+def gain(runs: Sequence[Record], method: str) -> float | None:
+    """Gain in area (%) over the reference, at the sparsities that both have; None below two of them."""
+    levels = [s for s in levels_of(runs) if s and all(matching(runs, m, s) for m in (method, REFERENCE))]
+    if len(levels) < 2:
+        return None
+    return 100 * (area(runs, method, levels) / area(runs, REFERENCE, levels) - 1)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Write a table in Markdown."""
+    for row in (header, ["---", *["---:"] * (len(header) - 1)], *rows):
+        yield f"| {' | '.join(row)} |"
+
+
+def accuracies(runs: Sequence[Record]) -> Iterator[str]:
+    """Write accuracy by method and sparsity, best means in bold."""
+    levels, methods = levels_of(runs), methods_of(runs)
+    found = {(m, s): [r["accuracy"] for r in matching(runs, m, s)] for m in methods for s in levels}
+    best = {s: max(mean(found[m, s]) for m in methods if found[m, s]) for s in levels}
+
+    def cell(method: str, level: float) -> str:
+        values = found[method, level]
+        written = f"{spread(values)} ({len(values)})" if values else ""
+        return f"**{written}**" if values and mean(values) == best[level] else written
+
+    def gained(method: str) -> str:
+        found = gain(runs, method)
+        return "" if found is None else f"{found:+.2f}"
+
+    header = ["method", *(f"{s:.0%} removed" if s else "dense" for s in levels), f"area vs {REFERENCE} %"]
+    yield from table(header, ([m, *(cell(m, s) for s in levels), gained(m)] for m in methods))
+
+
+def sizes(runs: Sequence[Record], level: float) -> Iterator[str]:
+    """Write means of all else, at one sparsity."""
+    own = {m: found for m in methods_of(runs) if (found := matching(runs, m, level))}
+    rows = ([m, *(_short(mean(map(of, found))) for of in COLUMNS.values())] for m, found in own.items())
+    yield from table(["method", *COLUMNS], rows)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def draw(runs: Sequence[Record], path: Path, title: str) -> None:
+    """Draw accuracy against sparsity, and against the share of MACs that is left."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    dense = max(r["macs"] for r in runs)
+    for i, method in enumerate(methods_of(runs)):
+        groups = [matching(runs, method, level) for level in levels_of(runs)]
+        line = {"label": method, "color": f"C{i % 10}", "linestyle": STYLES[i // 10 % len(STYLES)]}
+        _curve(left, [(mean(r["sparsity"] for r in g), g) for g in groups if g], line)
+        _curve(right, [(mean(r["macs"] for r in g) / dense, g) for g in groups if g], line)
+    left.set(xlabel="share of neurons removed", ylabel="test accuracy after the last epoch, %", title=title)
+    right.set(xlabel="share of MACs left", xscale="log")
+    right.invert_xaxis()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _curve(axes: Axes, points: Sequence[tuple[float, Sequence[Record]]], line: dict[str, str]) -> None:
+    """Draw means with standard deviations."""
+    values = [[r["accuracy"] for r in runs] for _, runs in points]
+    errors = [stdev(v) if len(v) > 1 else 0.0 for v in values]
+    axes.errorbar([x for x, _ in points], [mean(v) for v in values], errors, marker="o", markersize=3, **line)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def report(records: Sequence[Record], pictures: Path) -> Iterator[str]:
+    """Write the lines of the report, and draw its pictures."""
+    yield from PREFACE.splitlines()
+    for task, epochs in dict.fromkeys((r["task"], r["epochs"]) for r in records):
+        own = [r for r in records if (r["task"], r["epochs"]) == (task, epochs)]
+        picture = pictures / f"{task}-{epochs}.png"
+        draw(own, picture, f"{task}, {epochs} epochs")
+        yield from ("", f"## {task}, {epochs} epochs", "", *accuracies(own))
+        yield from ("", f"![{task}]({pictures.name}/{picture.name})")
+        for level in levels_of(own):
+            yield from ("", f"{level:.0%} of the neurons removed" if level else "Dense", "", *sizes(own, level))
+        yield from ("", *(f"- {line}" for line in how_made(own)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description="Turn the runs of benchmarks.accuracy into tables and pictures.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--runs", type=Path, default=RESULTS, help="folder with TASK.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder for accuracy.md and accuracy/")
+    options = parser.parse_args(arguments)
+    records = [record for file in sorted(options.runs.glob("*.jsonl")) for record in read_records(file)]
+    if not records:
+        raise SystemExit(f"{options.runs} holds no runs yet: make some with python -m benchmarks.accuracy")
+    pictures = options.out / "accuracy"
+    pictures.mkdir(parents=True, exist_ok=True)
+    (options.out / "accuracy.md").write_text("\n".join(report(records, pictures)) + "\n")
+    print(f"{len(records)} runs: {options.out / 'accuracy.md'}")
+
+
+if __name__ == "__main__":
+    main()
