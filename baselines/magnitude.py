@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kfac_flat import NeuronPruner
+from baselines.layerwise import LayerwisePruner
 from kfac_flat.pruning import layers
 
 
-class MagnitudePruner(NeuronPruner):
+class MagnitudePruner(LayerwisePruner):
     """Score a group of neurons by the L2 norm of the weights that produce it; all else is as in NeuronPruner.
 
     Weights of layers differ in scale, so each neuron's norm is taken relative to the mean norm in its layer; a group
@@ -23,14 +23,8 @@ class MagnitudePruner(NeuronPruner):
         {'0': 4, '2': 3}
     """
 
-    def _scores(self) -> list[float]:
-        ids = self._groups.ids
-        total = torch.zeros(len(ids) + 1)
-        for name in self._graph.hidden:
-            groups = self._channels[name].outputs
-            slots = torch.where(torch.isin(groups, ids), torch.searchsorted(ids, groups), len(ids))
-            total.index_add_(0, slots, relative_norms(self._model.get_submodule(name)))
-        return total[:-1].tolist()
+    def _layer_scores(self) -> dict[str, Tensor]:
+        return {name: relative_norms(self._model.get_submodule(name)) for name in self._graph.hidden}
 
 
 def relative_norms(module: nn.Module) -> Tensor:
