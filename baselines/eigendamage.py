@@ -71,8 +71,8 @@ class EigenDamagePruner:
         data: Batches, as a DataLoader yields them; see :func:`baselines.fisher.fisher_statistics`. Of the same size as
             the example inputs.
         target: Share of the budget to remove in the end, in (0, 1).
-        budget: What ``target`` is a share of: "parameters", "macs" or "neurons" (directions). With "neurons" more may
-            have to be chosen than go, as those that do not pay stay.
+        budget: What ``target`` is a share of: "parameters", "macs" or "neurons" (directions). With "neurons" it says
+            how many lie below the threshold, as in the paper; as those that do not pay stay, fewer go.
         start: Epochs of training before the first removal.
         every: Epochs from one removal to the next.
         events: Number of removals.
@@ -233,7 +233,7 @@ class EigenDamagePruner:
             return self._report(epoch, reason="an earlier removal took this one's share along"), {}
         seen, unread = self._read()
         order, sides = self._order(seen)
-        gone = order.fewest(lambda some: self._amount(seen, self._chosen(seen, sides, some)) <= goal)
+        gone = order.fewest(lambda some: self._amount(seen, sides, some) <= goal)
         chosen = self._chosen(seen, sides, gone)
         layers, removed = {}, dict[str, Tensor]()
         for name, kept in chosen.items():
@@ -247,7 +247,10 @@ class EigenDamagePruner:
             return self._report(epoch, reason="; ".join(["nothing that can go would pay", *reasons])), {}
         after = self._measured(layers)
         if self._options.amount(after) > goal:
-            reasons.append(f"fewer directions went than were due: what is left is at its floor ({self._options})")
+            reasons.append(
+                "fewer directions went than were due: the others would not pay, or what is left is at its floor "
+                f"({self._options})"
+            )
         return self._report(epoch, layers, after, removed, "; ".join(reasons)), layers
 
     def _read(self) -> tuple[dict[str, _Reading], dict[str, str]]:
@@ -302,16 +305,14 @@ class EigenDamagePruner:
             chosen[name] = (inputs, outputs)
         return chosen
 
-    def _amount(self, seen: Mapping[str, _Reading], chosen: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-        """What the model would be with these directions, in terms of the budget."""
+    def _amount(self, seen: Mapping[str, _Reading], sides: Mapping[str, tuple[Tensor, Tensor]], gone: Tensor) -> float:
+        """What the model would be without these directions, in terms of the budget."""
         amount = self._options.amount(self._size)
-        for name, kept in chosen.items():
-            layer, ranks = self._layers[name], (len(kept[0]), len(kept[1]))
-            if self._options.budget == "neurons":
-                amount += sum(ranks) - sum(layer.present)
-            else:
-                each = self._each(seen[name])
-                amount += layer.cost(*ranks, each) - layer.cost(*layer.present, each)
+        if self._options.budget == "neurons":
+            return amount - len(gone)
+        for name, (inputs, outputs) in self._chosen(seen, sides, gone).items():
+            layer, each = self._layers[name], self._each(seen[name])
+            amount += layer.cost(len(inputs), len(outputs), each) - layer.cost(*layer.present, each)
         return amount
 
     def _each(self, reading: _Reading) -> Positions:

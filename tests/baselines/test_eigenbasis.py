@@ -22,6 +22,8 @@ from tests.curvature.test_layers import Case, convolutions, linears
 from tests.reference import factors
 
 layers = st.one_of(linears(), convolutions(max_groups=1))
+# torch's own remark on even kernels; it is made once in a process, which is no behaviour to test
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 few = settings(max_examples=30, deadline=None)
 
 
@@ -110,10 +112,7 @@ def projected(layer: nn.Module, by_patch: bool, *steps: tuple[Tensor, Tensor]) -
     """The layer with its weight multiplied by the matrices of all steps: the slow and obvious way."""
     result = copy.deepcopy(layer)
     weight = layer.weight.detach()
-    if by_patch or isinstance(layer, nn.Linear):
-        W = weight.flatten(1)[..., None]
-    else:
-        W = weight.flatten(2)
+    W = weight.flatten(1)[..., None] if by_patch or isinstance(layer, nn.Linear) else weight.flatten(2)
     for left, right in steps:
         W = torch.einsum("po,oik,ij->pjk", left, W, right)
     with torch.no_grad():
@@ -127,9 +126,7 @@ def projector(Q: Tensor, kept: Tensor) -> Tensor:
 
 @few
 @given(layers, st.booleans(), st.data())
-def test_a_bottleneck_computes_the_layer_without_the_directions(
-    case: Case, by_patch: bool, data: st.DataObject
-) -> None:
+def test_a_bottleneck_computes_the_layer_without_directions(case: Case, by_patch: bool, data: st.DataObject) -> None:
     layer, a, _ = case
     whole = RotatedLayer(layer, by_patch=by_patch)  # type: ignore[arg-type]
     basis = basis_of(whole, seed=7)
@@ -142,9 +139,7 @@ def test_a_bottleneck_computes_the_layer_without_the_directions(
 
 @few
 @given(layers, st.booleans(), st.data())
-def test_bases_are_merged_when_a_bottleneck_is_decomposed_again(
-    case: Case, by_patch: bool, data: st.DataObject
-) -> None:
+def test_bases_are_merged_when_a_core_is_decomposed_again(case: Case, by_patch: bool, data: st.DataObject) -> None:
     layer, a, _ = case
     present = RotatedLayer(layer, by_patch=by_patch)  # type: ignore[arg-type]
     original = present.original
@@ -220,7 +215,7 @@ def macs(module: nn.Module, x: Tensor) -> int:
 def test_costs_are_the_parameters_and_multiplications_of_the_real_module(
     case: Case, by_patch: bool, data: st.DataObject
 ) -> None:
-    layer, a, g = case
+    layer, a, _ = case
     conv = isinstance(layer, nn.Conv2d)
     if conv:
         layer.padding_mode = "zeros"  # the counter sees padding of other kinds as part of the input
