@@ -338,6 +338,11 @@ def notes(records: Sequence[Record]) -> Iterator[str]:
     """Say how the numbers are to be read, and how they were made."""
     yield "accuracy after the last epoch, mean ± standard deviation over seeds; minus plain: paired by seed, against"
     yield "the plain policy under the same optimizer; std. errors: that difference over its standard error"
+    yield from origins(records)
+
+
+def origins(records: Sequence[Record]) -> Iterator[str]:
+    """Say how the numbers were made."""
     for what in ("command", "revision", "versions", "hardware", "threads"):
         values = dict.fromkeys(_plain(r[what]) for r in records)
         yield f"{what}: {'; '.join(values)}"
