@@ -259,8 +259,8 @@ def report(options: argparse.Namespace, console: Console) -> None:
 
 EXPLANATION = (
     "accuracy after fine-tuning, mean ± standard deviation over seeds; minus dense: paired by seed, against the dense",
-    "network after the same fine-tuning; at once: after the first pass, before any fine-tuning; * the caps on what a layer",
-    "may lose did not let every run reach the level",
+    "network after the same fine-tuning; at once: after the first pass, before any fine-tuning; * the caps on what a",
+    "layer may lose did not let every run reach the level",
 )
 
 
