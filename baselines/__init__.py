@@ -3,6 +3,8 @@
 from baselines.ablations import PenaltyInThetaOnly, PenaltyInTrainingOnly
 from baselines.apoz import APoZPruner
 from baselines.data_free import DataFreePruner
+from baselines.eigendamage import EigenDamagePruner, rotated
+from baselines.kron_pruning import ChannelOBDPruner, ChannelOBSPruner, KronOBDPruner, KronOBSPruner
 from baselines.magnitude import MagnitudePruner
 from baselines.random_ import RandomPruner
 from baselines.sam import SAM
@@ -15,8 +17,13 @@ __all__ = [
     "SAM",
     "SNIP",
     "APoZPruner",
+    "ChannelOBDPruner",
+    "ChannelOBSPruner",
     "DataFreePruner",
+    "EigenDamagePruner",
     "GateTaylorPruner",
+    "KronOBDPruner",
+    "KronOBSPruner",
     "MagnitudePruner",
     "MagnitudeWeightPruner",
     "PenaltyInThetaOnly",
@@ -24,4 +31,5 @@ __all__ = [
     "RandomPruner",
     "SpectralRadius",
     "TaylorPruner",
+    "rotated",
 ]

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac_flat import NeuronPruner
+from baselines.layerwise import LayerwisePruner
 from kfac_flat.pruning import layers
-from kfac_flat.pruning.saliency import places
 
 
-class MagnitudePruner(NeuronPruner):
+class MagnitudePruner(LayerwisePruner):
     """Score a group of neurons by the norm of the weights that produce it; all else is as in NeuronPruner.
 
     Weights of layers differ in scale, so each neuron's norm is taken relative to the mean norm in its layer; a group
@@ -40,13 +39,8 @@ class MagnitudePruner(NeuronPruner):
         self._order = order
         super().__init__(*arguments, **options)
 
-    def _scores(self) -> list[float]:
-        ids = self._groups.ids
-        total = torch.zeros(len(ids) + 1)
-        for name in self._graph.hidden:
-            norms = relative_norms(self._model.get_submodule(name), self._order)
-            total.index_add_(0, places(ids, self._channels[name].outputs), norms)
-        return total[:-1].tolist()
+    def _layer_scores(self) -> dict[str, Tensor]:
+        return {n: relative_norms(self._model.get_submodule(n), self._order) for n in self._graph.hidden}
 
 
 def relative_norms(module: nn.Module, order: int) -> Tensor:

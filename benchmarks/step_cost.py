@@ -16,15 +16,11 @@ import argparse
 import contextlib
 import copy
 import json
-import platform
 import resource
-import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,10 +32,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-import kfac_flat
-from benchmarks.policy import CifarNet
-from benchmarks.pruner_speed import ROOT, cpu_name, progress_bar
+from benchmarks.records import ROOT, circumstances, command_line, progress_bar
 from benchmarks.saliency_cost import mlp, resnet18_cifar
+from benchmarks.tasks import CifarNet
 from benchmarks.torchvision_models import models
 from kfac_flat import FlatKFAC
 
@@ -243,7 +238,7 @@ def measure_widths(options: argparse.Namespace, console: Console) -> tuple[dict[
     with progress(console, len(options.widths) * (options.repetitions + 2)) as advance:
         for width in options.widths:
             torch.manual_seed(0)
-            seconds, ratios = time_ratios((CifarNet(width), (3, 16, 16)), ROWS, options, advance)
+            seconds, ratios = time_ratios((CifarNet((width,) * 4), (3, 16, 16)), ROWS, options, advance)
             found[f"width {width}"] = {"seconds": seconds, "time": with_schedules(ratios), "memory": {}}
     return found, cost_table(found)
 
@@ -254,23 +249,6 @@ def progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
     with progress_bar(console) as bar:
         task = bar.add_task("rounds", total=total)
         yield lambda: bar.advance(task)
-
-
-def circumstances(options: argparse.Namespace) -> dict[str, Any]:
-    """Say with what, on what and when this was measured."""
-    cuda = options.device == "cuda"
-    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "backpack-for-pytorch")}
-    return {
-        "command": options.command,
-        "versions": {"python": platform.python_version(), "kfac-flat": kfac_flat.__version__, **versions},
-        "hardware": {
-            "cpu": cpu_name(),
-            "threads": options.threads,
-            "gpu": torch.cuda.get_device_name() if cuda else None,
-        },
-        "batch size": options.batch_size,
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -285,7 +263,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measure = measure_widths if options.widths else measure_networks
     found, table = measure(options, console)
     console.print(table)
-    about = circumstances(options)
+    packages = ("torch", "torchvision", "backpack-for-pytorch")
+    about = circumstances(options.command, options.threads, options.device, packages)
+    about |= {"batch size": options.batch_size}
     path = options.out / f"{options.name}.json"
     path.write_text(json.dumps({**about, "results": found}, indent=2) + "\n")
     with path.with_suffix(".txt").open("w") as file:
@@ -321,7 +301,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
-    options.command = f"{parser.prog} {shlex.join(sys.argv[1:] if arguments is None else arguments)}".rstrip()
+    options.command = command_line(parser, arguments, None)
     return options
 
 

@@ -75,14 +75,18 @@ def output_gradients(layer: Layer, g: Tensor) -> Tensor:
     return rearrange(g, "n ... c -> n 1 c (...)")
 
 
-def input_factor(layer: Layer, a: Tensor) -> Tensor:
-    """Form A, ``[groups, d_in, d_in]``, by unfolding: for small layers and as a reference, never on the hot path."""
+def input_patches(layer: Layer, a: Tensor) -> Tensor:
+    """View the input as what the weight's rows are multiplied with, ``[N, groups, d_in, T]``: unfolded patches."""
     if isinstance(layer, nn.Conv2d):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         unfolded = F.unfold(_pad(layer, a, mode), layer.kernel_size, layer.dilation, 0, layer.stride)
-        patches = rearrange(unfolded, "n (groups d) t -> n groups d t", groups=layer.groups)
-    else:
-        patches = rearrange(a, "n ... d -> n 1 d (...)")
+        return rearrange(unfolded, "n (groups d) t -> n groups d t", groups=layer.groups)
+    return rearrange(a, "n ... d -> n 1 d (...)")
+
+
+def input_factor(layer: Layer, a: Tensor) -> Tensor:
+    """Form A, ``[groups, d_in, d_in]``, by unfolding: for small layers and as a reference, never on the hot path."""
+    patches = input_patches(layer, a)
     return torch.einsum("ngit,ngjt->gij", patches, patches) / len(a)
 
 

@@ -240,14 +240,13 @@ class NeuronPruner:
     def _end(self, epoch: int, agreement: Agreement) -> tuple[PruneReport, list[Change]]:
         """Prepare what is to happen at the end of this epoch."""
         self._check_known()
-        scores = agreement.on_scores(self._scores())
         own: dict[str, Any] = {"_epoch": epoch}
         changes: list[Change] = []
         if self.finished:
             report = self._report(epoch, reason=_FINISHED)
         elif not self._schedule.is_due(epoch):
             report = self._report(epoch, reason=f"the schedule has no removal at the end of epoch {epoch}")
-        elif scores is None:
+        elif (scores := agreement.on_scores(self._scores())) is None:
             report = self._report(epoch, reason=_UNSCORED)
         else:
             report, gone = self._choose(epoch, scores)
