@@ -18,6 +18,9 @@ from kfac_flat.pruning import layers
 from kfac_flat.pruning.graph import kept_without
 from kfac_flat.structure import Kept
 
+# Neurons of a layer go in the order of their merges, so that scores rise by more than rounding could take away again.
+_LEAST, _STEP = 1e-200, 1 + 1e-9
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -99,8 +102,8 @@ class DataFreePruner(NeuronPruner):
 
     A neuron's score is the saliency at which it goes into another one (:func:`merges`), or that of those that go before
     it where that is more; all else is as in NeuronPruner. What it leaves changes: where neurons i and j become one, the
-    layers that read them read i by the sum of both weights. Layers that compete are read by others; ``normalize`` or
-    ``ranking="layer"`` puts them on one scale.
+    layers that read them read i by the sum of both weights. Saliencies of different layers are bounds on changes in
+    different places; ``normalize`` or ``ranking="layer"`` puts them on one scale.
 
     Neurons of a Linear layer take part where nothing but element-wise functions lies between them and the Linear layers
     that read them; all others stay. No optimizer step is needed before a removal.
@@ -146,11 +149,11 @@ class DataFreePruner(NeuronPruner):
             saliencies = torch.tensor([merge.saliency for merge in sequence], dtype=torch.float64)
             highest = cut_off(saliencies) if self._stops else math.inf
             groups = torch.searchsorted(self._groups.ids, self._channels[name].outputs)
-            score = -math.inf
-            for merge in sequence:  # no neuron goes before those that went into it or its like
-                score = max(merge.saliency, math.nextafter(score, math.inf))
-                if score > highest:
+            score = _LEAST
+            for merge in sequence:
+                if merge.saliency > highest:
                     break
+                score = max(merge.saliency, score * _STEP)
                 scores[groups[merge.removed]] = score
         return scores.tolist()
 
@@ -192,6 +195,7 @@ class DataFreePruner(NeuronPruner):
             readers = [other for other in meets if other in self._graph.consumers]
             if (
                 isinstance(modules[name], nn.Linear)
+                and readers
                 and readers == meets  # whatever else has numbers of its own for each neuron
                 and bool(torch.isin(own, alone).all())
                 and all(isinstance(modules[reader], nn.Linear) for reader in readers)
