@@ -4,6 +4,7 @@ from baselines.ablations import PenaltyInThetaOnly, PenaltyInTrainingOnly
 from baselines.apoz import APoZPruner
 from baselines.data_free import DataFreePruner
 from baselines.eigendamage import EigenDamagePruner, rotated
+from baselines.hybrid import HybridPruner
 from baselines.kron_pruning import ChannelOBDPruner, ChannelOBSPruner, KronOBDPruner, KronOBSPruner
 from baselines.magnitude import MagnitudePruner
 from baselines.random_ import RandomPruner
@@ -22,6 +23,7 @@ __all__ = [
     "DataFreePruner",
     "EigenDamagePruner",
     "GateTaylorPruner",
+    "HybridPruner",
     "KronOBDPruner",
     "KronOBSPruner",
     "MagnitudePruner",

@@ -132,6 +132,18 @@ def test_merging_exact_duplicates_changes_nothing(seed: int, copies: int, activa
     assert torch.allclose(model(x), before, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{"per": "parameter"}, {"normalize": "mean"}, {"normalize": "l2", "per": "mac"}])
+def test_the_order_of_the_merges_survives_what_scores_are_divided_by(options: dict[str, str]) -> None:
+    """Many saliencies are exactly nought."""
+    model, x = net(4, 30, 3), torch.randn(5, 4).double()
+    with torch.no_grad():
+        model[0].weight.copy_(model[0].weight[torch.arange(30) % 7])
+        model[0].bias.copy_(model[0].bias[torch.arange(30) % 7])
+    before = model(x).detach()
+    assert pruner_of(model, x[:1], target=23 / 30, **options).step().widths_after["0"] == 7
+    assert torch.allclose(model(x), before, rtol=1e-10)
+
+
 def test_layers_of_one_event_are_merged_each_on_what_the_other_lost() -> None:
     """Rows and columns of the layer between are cut and added to in one go."""
     model, x = net(3, 6, 6, 2), torch.randn(1, 3).double()
@@ -177,6 +189,24 @@ def test_only_neurons_that_nothing_but_linear_layers_read_are_merged() -> None:
     assert "cannot be merged" in report.reason
     for reader in ("b", "c"):
         assert torch.allclose(model.get_submodule(reader).weight[:, 0], dense.get_submodule(reader).weight.sum(1))
+
+
+class Unread(nn.Module):
+    """A layer that is called, and nobody reads what it says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.unread = net(4, 6, 2), nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unread(x)
+        return self.net(x)
+
+
+def test_neurons_that_nobody_reads_go_into_no_others() -> None:
+    report = pruner_of(Unread(), torch.randn(1, 4).double(), target=0.5).step()
+    assert report.widths_after["unread"] == 3
+    assert report.widths_after["net.0"] < 6
 
 
 def test_convolutions_stay() -> None:

@@ -1,0 +1,196 @@
+"""Data-free pruning on MNIST: how many parameters go at what loss of accuracy, with no data and no training.
+
+Published [Srinivas & Babu, arXiv 1507.06149]: about 85 % of the parameters of a LeNet-like network. Here both LeNets
+are trained with SGD, once per seed and weight decay, and each trained network is pruned to every share, and to the
+automatic cut-off, by :class:`baselines.DataFreePruner`; and to every share in the same layers by magnitude, for
+comparison. Nothing is trained afterwards. Convolutions stay.
+
+Run it with ``python -m benchmarks.data_free --data-root DATA`` (``pip install -e ".[benchmark,examples]"``), DATA being
+the folder with MNIST/raw/, as torchvision reads it; ``--help`` tells the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import OneCycleLR
+
+from baselines import DataFreePruner, MagnitudePruner
+from benchmarks.policy import spread
+from benchmarks.pruner_speed import progress_bar, write
+from benchmarks.torchvision_models import datasets
+from examples.digits import Images, whole
+from kfac_flat import NeuronPruner
+
+DENSE, CUT_OFF = "dense", "cut-off"
+
+
+def lenet_300_100() -> nn.Module:
+    """Two hidden layers: 266,610 parameters."""
+    layers = [nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def lenet_5() -> nn.Module:
+    """Two convolutions and a hidden layer, as in Caffe and the paper: 431,080 parameters."""
+    convolutions = [nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2)]
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5}
+EPOCHS = {"lenet-300-100": 6, "lenet-5": 1}
+
+
+# ---------------------------------------------------------------- training
+
+
+def load(root: Path, train: bool, count: int | None) -> Images:
+    """Return the first so many images of MNIST, ``[N, 1, 28, 28]`` in [0, 1], and their digits."""
+    data = datasets.MNIST(root, train=train)
+    return Images(data.data[:count].unsqueeze(1).float() / 255, data.targets[:count])
+
+
+def trained(network: str, images: Images, epochs: int, weight_decay: float, seed: int) -> nn.Module:
+    """Train a network."""
+    torch.manual_seed(seed)
+    model, generator = NETWORKS[network](), torch.Generator().manual_seed(seed)
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=weight_decay)
+    scheduler = OneCycleLR(optimizer, max_lr=0.05, total_steps=epochs * (len(images.labels) // 128))
+    for _ in range(epochs):
+        for x, y in images.batches(128, generator):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            scheduler.step()
+    return model
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images) -> float:
+    """Percentage of the images that are told right."""
+    parts = zip(images.images.split(1000), images.labels.split(1000), strict=True)
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in parts)
+    return 100 * right / len(images.labels)
+
+
+# ---------------------------------------------------------------- pruning
+
+
+def pruned(model: nn.Module, method: type[NeuronPruner], x: Tensor, **options: Any) -> tuple[nn.Module, NeuronPruner]:
+    """Return a copy of the model that has been pruned once."""
+    small = copy.deepcopy(model)
+    still = SGD(small.parameters(), lr=0.0)
+    convolutions = [name for name, module in small.named_modules() if isinstance(module, nn.Conv2d)]
+    pruner = method(small, still, x, start=1, events=1, ignore=convolutions, budget="parameters", **options)
+    pruner.step()
+    return small, pruner
+
+
+def measure(model: nn.Module, test: Images, shares: Sequence[float]) -> list[dict[str, Any]]:
+    """Prune a trained network in all ways; returns what each has left."""
+    x = test.images[:1]
+    dense = sum(p.numel() for p in model.parameters())
+    runs: list[dict[str, Any]] = [{"method": DENSE, "share": 0.0, "removed": 0.0, "accuracy": accuracy(model, test)}]
+
+    def prune(name: str, method: type[NeuronPruner], share: float, **options: Any) -> None:
+        small, pruner = pruned(model, method, x, target=share, **options)
+        removed = 1 - pruner.size.parameters / dense
+        found = {"method": name, "share": share, "removed": removed, "accuracy": accuracy(small, test)}
+        runs.append(found | {"widths": pruner.widths})
+
+    for share in shares:
+        prune("data-free", DataFreePruner, share)
+        prune("magnitude", MagnitudePruner, share)
+    prune(CUT_OFF, DataFreePruner, max(shares), cut_off=True)
+    return runs
+
+
+# ---------------------------------------------------------------- results
+
+
+def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """Lay out one row per network, weight decay, method and share: mean and standard deviation over the seeds."""
+    laid_out = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    laid_out.add_column("network", no_wrap=True)
+    laid_out.add_column("weight decay", justify="right", no_wrap=True)
+    laid_out.add_column("method", no_wrap=True)
+    for heading in ("parameters removed\n%", "test accuracy\n%", "change\npoints"):
+        laid_out.add_column(heading, justify="right", no_wrap=True)
+    for network, runs in results.items():
+        dense = {(run["weight_decay"], run["seed"]): run["accuracy"] for run in runs if run["method"] == DENSE}
+        kinds = ("weight_decay", "method", "share")
+        for kind in dict.fromkeys(tuple(run[what] for what in kinds) for run in runs):
+            own = [run for run in runs if tuple(run[what] for what in kinds) == kind]
+            removed = spread([100 * run["removed"] for run in own], "{:.1f}")
+            change = spread([run["accuracy"] - dense[run["weight_decay"], run["seed"]] for run in own], "{:+.2f}")
+            accuracies = spread([run["accuracy"] for run in own])
+            laid_out.add_row(network, f"{kind[0]:g}", str(kind[1]), removed, accuracies, change)
+    return laid_out
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    data, test = load(options.data_root, True, options.images), load(options.data_root, False, options.images)
+    results: dict[str, list[dict[str, Any]]] = {}
+    start = time.perf_counter()
+    with progress_bar(console) as progress:
+        tasks = list(itertools.product(options.networks, options.weight_decays, options.seeds))
+        task = progress.add_task("", total=len(tasks))
+        for network, weight_decay, seed in tasks:
+            progress.update(task, description=f"{network}, weight decay {weight_decay:g}")
+            model = trained(network, data, options.epochs or EPOCHS[network], weight_decay, seed)
+            runs = measure(model, test, options.shares)
+            about = {"weight_decay": weight_decay, "seed": seed}
+            results.setdefault(network, []).extend(about | run for run in runs)
+            progress.advance(task)
+    found = {"seconds": round(time.perf_counter() - start), "networks": results}
+    write(options, "mnist", found, table(results))
+    console.print(table(results))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data_free",
+        description="Prune LeNets on MNIST without data and without training.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--data-root", type=Path, required=True, help="folder with MNIST/raw/, as torchvision reads it")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="what to train")
+    parser.add_argument(
+        "--shares", nargs="+", type=float, default=[0.5, 0.7, 0.8, 0.85], help="of the parameters to go"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="repetitions")
+    parser.add_argument("--epochs", type=whole(1), help="of training; each network has its own unless given")
+    parser.add_argument("--weight-decays", nargs="+", type=float, default=[5e-4, 5e-3], help="in training")
+    parser.add_argument("--images", type=whole(1), help="use only the first so many of each part")
+    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data_free"), help="folder for results")
+    options = parser.parse_args(arguments)
+    options.peer, options.saliency = False, True  # torch-pruning takes no part
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    given[given.index("--data-root") + 1] = "DATA"  # where it lies is nobody's business
+    options.command = f"{parser.prog} {shlex.join(given)}"
+    return options
+
+
+if __name__ == "__main__":
+    main()
