@@ -94,6 +94,7 @@ class RadiusTracker:
         self._exact = exact
         self._seed = seed
         self._twin: Twin | None = None
+        self._checked: set[str] = set()  # layers known to have a second derivative
         self._host_radii, self._host_names = HostCopy(), list[str]()
         self.names, self._order = list(names), list(names)
         self.skipped: dict[str, str] = {}
@@ -146,6 +147,13 @@ class RadiusTracker:
         active = self._active(seen)
         vectors = {name: self._next_vectors(name, data, steps=1) for name, data in seen.items()}
         radii = {n: group_radii(data if n in active else data.detach(), vectors[n]) for n, data in seen.items()}
+        constant = [name for name in active - self._checked if _is_wrongly_constant(radii[name])]
+        if constant:
+            self._leave_out(
+                constant, "something behind it is marked with @once_differentiable, so no second derivative"
+            )
+            return self.gradient(args, kwargs, loss, parameters, conditions)
+        self._checked |= active
         rho = torch.stack([radii[name].max() for name in active]).sum()
         try:
             gradients = _differentiate(rho, parameters)
@@ -155,7 +163,7 @@ class RadiusTracker:
             if len(active) > 1:  # not all of them need be at fault
                 seen = self._read(args, kwargs, loss, conditions, create_graph=True)
                 active = {name for name in active if not _has_derivative(radius(seen[name], vectors[name]), parameters)}
-            self._leave_out(active, f"something behind it has no second derivative: {error}")
+            self._leave_out(active, f"followed by something that has no second derivative: {error}")
             return self.gradient(args, kwargs, loss, parameters, conditions)
         self._publish(vectors, {name: of_groups.max() for name, of_groups in radii.items()})
         masks = {name: input_mask_gradient(seen[name].layer, radii[name], vectors[name]) for name in active}
@@ -222,7 +230,7 @@ class RadiusTracker:
     ) -> dict[str, LayerData]:
         """Read the twin, made anew where the model has changed; layers that have no single call are left out."""
         if self._twin is None or not self._twin.is_current():
-            self._twin = Twin(self._model, self.names)
+            self._twin, self._checked = Twin(self._model, self.names), set()
         try:
             seen = self._twin.read(args, kwargs, loss, create_graph=create_graph, conditions=conditions)
         except CalledTwiceError as error:
@@ -310,7 +318,23 @@ def _has_derivative(rho: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
     return True
 
 
+def _is_wrongly_constant(radius: Tensor) -> bool:
+    """Tell whether the graph has a dead end where a gradient was taken that cannot be differentiated.
+
+    torch puts an error there, which nobody runs into who asks for the gradient at certain parameters.
+    """
+    seen, left = set[Any](), [radius.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            return True
+        seen.add(node)
+        left.extend(following for following, _ in node.next_functions)
+    return False
+
+
 def _tells_of_no_derivative(error: RuntimeError) -> bool:
-    """Recognise torch's complaints of an operation that can be differentiated once only."""
-    text = str(error)
-    return ("derivative" in text and "not implemented" in text) or "once_differentiable" in text
+    """Recognise torch's complaint of an operation that can be differentiated once only."""
+    return "derivative" in str(error) and "not implemented" in str(error)

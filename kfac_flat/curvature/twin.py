@@ -23,6 +23,7 @@ import torch
 from backpack import backpack, extend
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
 
 from kfac_flat.attention import PROJECTIONS, call_projections, is_attention, projection_parameters, projections
 from kfac_flat.curvature.extension import LayerDataExtension
@@ -101,7 +102,7 @@ class Twin:
         args, kwargs = map_tensors(torch.clone, (args, dict(kwargs)))  # the model may work in place
         try:
             # Fused attention has no second derivative, the plain one does.
-            with BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _uncompiled():
+            with BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _uncompiled(), _without_checkpoints():
                 self._follow()
                 with conditions():
                     output = self.model(*args, **kwargs)
@@ -150,6 +151,29 @@ def _uncompiled() -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
     stance: contextlib.AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+@contextlib.contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Keep ``torch.utils.checkpoint`` from calling layers twice, or within a backward pass of its own.
+
+    There is no switch for it. Whoever else uses it meanwhile gets the same results, for more memory.
+    """
+
+    def call(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+    def around_call(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    whole = checkpoint._checkpoint_without_reentrant_generator
+    checkpoint._checkpoint_without_reentrant_generator = around_call
+    checkpoint.CheckpointFunction.apply = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        checkpoint._checkpoint_without_reentrant_generator = whole
+        del checkpoint.CheckpointFunction.apply  # the one that it inherits
 
 
 @contextlib.contextmanager
