@@ -147,11 +147,10 @@ class RadiusTracker:
         active = self._active(seen)
         vectors = {name: self._next_vectors(name, data, steps=1) for name, data in seen.items()}
         radii = {n: group_radii(data if n in active else data.detach(), vectors[n]) for n, data in seen.items()}
-        constant = [name for name in active - self._checked if _is_wrongly_constant(radii[name])]
+        unchecked = [name for name in seen if name in active - self._checked]
+        constant = [name for name in unchecked if _is_wrongly_constant(radii[name])]
         if constant:
-            self._leave_out(
-                constant, "something behind it is marked with @once_differentiable, so no second derivative"
-            )
+            self._leave_out(constant, "followed by something marked with @once_differentiable: no second derivative")
             return self.gradient(args, kwargs, loss, parameters, conditions)
         self._checked |= active
         rho = torch.stack([radii[name].max() for name in active]).sum()
