@@ -117,6 +117,9 @@ class Twin:
                     vars(layer).pop(leftover, None)
                 # Part of a parameter, which could not be swapped for a smaller one while this refers to it.
                 vars(layer).update({key: t.detach() for key, t in vars(layer).items() if isinstance(t, Tensor)})
+            for _, twin in self._pairs:  # what the model has kept to itself would keep the graph
+                own = vars(twin)
+                own.update((k, map_tensors(Tensor.detach, value)) for k, value in own.items() if _holds_data(k, value))
         examples = batch_size(output) or None
         return {name: replace(data, examples=examples) for name, data in found.items() if data is not None}
 
@@ -138,7 +141,7 @@ class Twin:
             if "inplace" in own:
                 twin.inplace = False  # type: ignore[assignment]  # BackPACK's hooks forbid in-place ops on a layer's output
             own.update(
-                (key, value.detach().clone()) for key, value in vars(original).items() if isinstance(value, Tensor)
+                (key, map_tensors(_copy, value)) for key, value in vars(original).items() if _holds_data(key, value)
             )
             for name, buffer in original._buffers.items():
                 if buffer is not None:
@@ -287,6 +290,30 @@ def _fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
     buffers = [(b.shape, b.device, b.dtype) for b in model.buffers()]
     modules = [(id(m), type(m)) for m in model.modules()]
     return [*parameters, *buffers, *modules]
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.detach().clone()
+
+
+def _holds_data(name: str, value: Any) -> bool:
+    """Tell whether an attribute is a tensor, or a list or the like of tensors, settings and lists of them."""
+    return name not in _OF_EVERY_MODULE and (_is_data(value) or _is_collection(value))
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+def _is_collection(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        return False
+    return all(item is None or _is_data(item) or _is_setting(item) or _is_collection(item) for item in value)
 
 
 def _is_setting(value: Any) -> bool:

@@ -45,20 +45,18 @@ class Operations(nn.Module):
         super().__init__()
         self.conv, self.norm = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4)
         self.second, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
-        self.activations = nn.ModuleList(kind(inplace=inplace) for kind in (nn.ReLU, nn.SiLU, nn.ELU))
+        self.activations = nn.ModuleList(kind(inplace=inplace) for kind in (nn.ReLU, nn.SiLU))
         self.inplace = inplace
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.activations[0](self.norm(self.conv(x)))
         y = self.activations[1](self.second(x))
-        y = F.leaky_relu(y, 0.2, inplace=self.inplace)
         if self.inplace:
             y += x
-            y.mul_(0.5).clamp_(max=2)
-            torch.tanh_(y)
+            y.mul_(0.5)
         else:
-            y = torch.tanh((0.5 * (y + x)).clamp(max=2))
-        y = self.activations[2](y)
+            y = 0.5 * (y + x)
+        y = F.leaky_relu(y, 0.2, inplace=self.inplace)
         return self.head(y.mean((2, 3)))
 
 
