@@ -117,6 +117,7 @@ class RadiusTracker:
         self._seed = seed
         self._average = average
         self._twin: Twin | None = None
+        self._checked: set[str] = set()  # layers known to have a second derivative
         self._host_radii, self._host_names = HostCopy(), list[str]()
         self.names, self._order = list(names), list(names)
         self.skipped: dict[str, str] = {}
@@ -177,7 +178,13 @@ class RadiusTracker:
         vectors = self._next_vectors(seen, steps=1)
         of_batch = {n: eigenvalues(data if n in active else data.detach(), vectors[n]) for n, data in seen.items()}
         at = self._averaged(of_batch, seen)
-        rho = torch.stack([product_rule(of_batch[name], at[name]) for name in active]).sum()
+        of_active = {name: product_rule(of_batch[name], at[name]) for name in active}
+        constant = [name for name in active - self._checked if _is_wrongly_constant(of_active[name])]
+        if constant:
+            self._leave_out(constant, "followed by something marked with @once_differentiable: no second derivative")
+            return self.gradient(args, kwargs, loss, parameters, conditions)
+        self._checked |= active
+        rho = torch.stack(list(of_active.values())).sum()
         try:
             gradients = _differentiate(rho, parameters)
         except RuntimeError as error:
@@ -185,11 +192,9 @@ class RadiusTracker:
                 raise
             if len(active) > 1:  # not all of them need be at fault
                 seen = self._read(args, kwargs, loss, conditions, create_graph=True)
-                again = {name: eigenvalues(seen[name], vectors[name]) for name in active}
-                active = {
-                    name for name in active if not _has_derivative(product_rule(again[name], at[name]), parameters)
-                }
-            self._leave_out(active, f"something behind it has no second derivative: {error}")
+                again = {n: product_rule(eigenvalues(seen[n], vectors[n]), at[n]) for n in active}
+                active = {name for name in active if not _has_derivative(again[name], parameters)}
+            self._leave_out(active, f"followed by something that has no second derivative: {error}")
             return self.gradient(args, kwargs, loss, parameters, conditions)
         radii = {name: of_A * of_G for name, (of_A, of_G) in at.items()}
         self._publish(vectors, {name: of_groups.max() for name, of_groups in radii.items()}, all_layers=survey)
@@ -263,7 +268,7 @@ class RadiusTracker:
         Where none of ``only`` takes part, all layers are read.
         """
         if self._twin is None or not self._twin.is_current():
-            self._twin = Twin(self._model, self.names)
+            self._twin, self._checked = Twin(self._model, self.names), set()
         try:
             seen = self._twin.read(args, kwargs, loss, create_graph=create_graph, only=only, conditions=conditions)
         except CalledTwiceError as error:
@@ -374,7 +379,23 @@ def _has_derivative(rho: Tensor, parameters: Sequence[nn.Parameter]) -> bool:
     return True
 
 
+def _is_wrongly_constant(radius: Tensor) -> bool:
+    """Tell whether the graph has a dead end where a gradient was taken that cannot be differentiated.
+
+    torch puts an error there, which nobody runs into who asks for the gradient at certain parameters.
+    """
+    seen, left = set[Any](), [radius.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            return True
+        seen.add(node)
+        left.extend(following for following, _ in node.next_functions)
+    return False
+
+
 def _tells_of_no_derivative(error: RuntimeError) -> bool:
-    """Recognise torch's complaints of an operation that can be differentiated once only."""
-    text = str(error)
-    return ("derivative" in text and "not implemented" in text) or "once_differentiable" in text
+    """Recognise torch's complaint of an operation that can be differentiated once only."""
+    return "derivative" in str(error) and "not implemented" in str(error)

@@ -23,6 +23,7 @@ import torch
 from backpack import backpack, extend
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
 
 from kfac_flat.attention import PROJECTIONS, call_projections, is_attention, projection_parameters, projections
 from kfac_flat.curvature.extension import LayerDataExtension
@@ -102,7 +103,7 @@ class Twin:
         """
         try:
             # Fused attention has no second derivative, the plain one does.
-            with BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _uncompiled():
+            with BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 output, total = self.run(args, kwargs, loss, conditions)
                 wanted = {name: layer for name, layer in self.layers.items() if only is None or name in only}
                 targets = [probe for layer in wanted.values() for probe in vars(layer).get("_probes", ())]
@@ -115,6 +116,9 @@ class Twin:
                     vars(layer).pop(leftover, None)
                 # Part of a parameter, which could not be swapped for a smaller one while this refers to it.
                 vars(layer).update({key: t.detach() for key, t in vars(layer).items() if isinstance(t, Tensor)})
+            for _, twin in self._pairs:  # what the model has kept to itself would keep the graph
+                own = vars(twin)
+                own.update((k, map_tensors(Tensor.detach, value)) for k, value in own.items() if _holds_data(k, value))
         examples = batch_size(output) or None
         return {name: replace(data, examples=examples) for name, data in found.items() if data is not None}
 
@@ -127,7 +131,7 @@ class Twin:
     ) -> tuple[Any, Tensor]:
         """Run the twin on a batch, all arguments as for :meth:`read`; returns its output and the loss, with graphs."""
         args, kwargs = map_tensors(torch.clone, (args, dict(kwargs)))  # the model may work in place
-        with torch.enable_grad():
+        with torch.enable_grad(), _uncompiled(), _without_checkpoints():
             self._follow()
             with conditions():
                 output = self.model(*args, **kwargs)
@@ -151,7 +155,7 @@ class Twin:
             if "inplace" in own:
                 twin.inplace = False  # type: ignore[assignment]  # BackPACK's hooks forbid in-place ops on a layer's output
             own.update(
-                (key, value.detach().clone()) for key, value in vars(original).items() if isinstance(value, Tensor)
+                (key, map_tensors(_copy, value)) for key, value in vars(original).items() if _holds_data(key, value)
             )
             for name, buffer in original._buffers.items():
                 if buffer is not None:
@@ -164,6 +168,29 @@ def _uncompiled() -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
     stance: contextlib.AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
     return stance
+
+
+@contextlib.contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Keep ``torch.utils.checkpoint`` from calling layers twice, or within a backward pass of its own.
+
+    There is no switch for it. Whoever else uses it meanwhile gets the same results, for more memory.
+    """
+
+    def call(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+    def around_call(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+    whole = checkpoint._checkpoint_without_reentrant_generator
+    checkpoint._checkpoint_without_reentrant_generator = around_call
+    checkpoint.CheckpointFunction.apply = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        checkpoint._checkpoint_without_reentrant_generator = whole
+        del checkpoint.CheckpointFunction.apply  # the one that it inherits
 
 
 @contextlib.contextmanager
@@ -277,6 +304,30 @@ def _fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
     buffers = [(b.shape, b.device, b.dtype) for b in model.buffers()]
     modules = [(id(m), type(m)) for m in model.modules()]
     return [*parameters, *buffers, *modules]
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.detach().clone()
+
+
+def _holds_data(name: str, value: Any) -> bool:
+    """Tell whether an attribute is a tensor, or a list or the like of tensors, settings and lists of them."""
+    return name not in _OF_EVERY_MODULE and (_is_data(value) or _is_collection(value))
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+def _is_collection(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple)):
+        return False
+    return all(item is None or _is_data(item) or _is_setting(item) or _is_collection(item) for item in value)
 
 
 def _is_setting(value: Any) -> bool:

@@ -41,14 +41,14 @@ def fresh(base: str = "sgd", **options: Any) -> tuple[nn.Module, FlatKFAC]:
 
 def main() -> None:
     """Go on from a checkpoint if there is one, take steps, save, and die without a chance to clean up."""
+    torch.set_num_threads(1)
     parser = argparse.ArgumentParser()
     parser.add_argument("path", type=Path)
     parser.add_argument("base", choices=BASES)
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--option", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     given = parser.parse_args()
-    model, optimizer = fresh(given.base, **dict(given.option))
+    model, optimizer = fresh(given.base)
     if given.start:
         saved = torch.load(given.path, weights_only=True)
         model.load_state_dict(saved["model"])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
 from kfac_flat import likelihood
-from tests.optimizer.loops import criterion_of, plain, same
-from tests.reference import batch, cross_entropy_sum, mlp, rho_and_gradient
+from tests.optimizer.loops import criterion_of, gradients, norm, penalty, plain, same, times
+from tests.reference import assert_gradients_close, batch, cross_entropy_sum, mlp, rho_and_gradient
 
 
 def test_grad_scaler_steps_as_without_one_and_skips_on_overflow() -> None:
@@ -67,3 +68,79 @@ def test_labels_drawn_in_half_precision_follow_the_distribution(dtype: torch.dty
     losses = likelihood.bernoulli(logits, torch.Generator().manual_seed(0))
     positive = (losses > -logit / 2).float().mean()  # the loss of a label 1 is about -logit, that of a 0 about nothing
     assert float(positive) == pytest.approx(float(torch.sigmoid(torch.tensor(logit))), rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 2.0**8, 2.0**12])
+def test_the_penalty_does_not_depend_on_the_loss_scale(scale: float, dtype: torch.dtype) -> None:
+    """In units of the unscaled loss, against the penalty without a scaler in the same precision."""
+    added = []
+    for factor in (None, scale):
+        model, (x, y) = mlp(dtype=torch.float32), batch(8, 4, dtype=torch.float32)
+        optimizer = plain(model, mu=0.3, reduction="sum")
+        scaler = torch.amp.GradScaler("cpu", init_scale=factor or 1.0, enabled=factor is not None)
+        with torch.autocast("cpu", dtype=dtype):
+            loss = criterion_of(optimizer)(model(x), y)
+        scaler.scale(loss).backward()
+        own = [g / (factor or 1.0) for g in gradients(model)]
+        seen: list[list[Tensor]] = []
+        optimizer.register_step_pre_hook(lambda *_, seen=seen, model=model: seen.append(gradients(model)))
+        scaler.step(optimizer)
+        scaler.update()
+        added.append([s - o for s, o in zip(seen[0], own, strict=True)])
+    _, gradient = rho_and_gradient(mlp(), cross_entropy_sum(y), x.double(), reduction="sum")
+    assert_gradients_close(added[1], added[0], tolerance=0.01)
+    assert_gradients_close([a.double() for a in added[1]], times(0.3, gradient), tolerance=0.1)
+
+
+@pytest.mark.parametrize("unscaled", [False, True], ids=["scaler.step alone", "after scaler.unscale_"])
+def test_a_step_that_the_scaler_skips_has_no_penalty_and_the_next_one_its_own(unscaled: bool) -> None:
+    model, (x, y) = mlp(dtype=torch.float32), batch(8, 4, dtype=torch.float32)
+    optimizer = plain(model, mu=0.3, reduction="sum")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    before = copy.deepcopy(model.state_dict())
+    for factor in (float("inf"), float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale(criterion_of(optimizer)(model(x if factor == 1 else 5 * x), y) * factor).backward()
+        if unscaled:
+            scaler.unscale_(optimizer)
+        own = gradients(model) if unscaled else [g / scaler.get_scale() for g in gradients(model)]
+        seen: list[list[Tensor]] = []
+        handle = optimizer.register_step_pre_hook(lambda *_, seen=seen: seen.append(gradients(model)))
+        scaler.step(optimizer)
+        handle.remove()
+        scaler.update()
+        if factor != 1:
+            assert seen == []
+            assert same(model.state_dict(), before)
+            assert math.isnan(optimizer.rho)  # nothing has been computed
+    assert optimizer.skipped == 0
+    rho, gradient = rho_and_gradient(mlp(), cross_entropy_sum(y), x.double(), reduction="sum")
+    added = [(s - o).double() for s, o in zip(seen[0], own, strict=True)]
+    assert_gradients_close(added, times(0.3, gradient), tolerance=1e-4)
+    assert optimizer.rho == pytest.approx(float(rho), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_has_a_penalty_in_half_precision(dtype: torch.dtype) -> None:
+    model, (x, y) = mlp(dtype=dtype), batch(8, 4, dtype=dtype)
+    optimizer = plain(model, mu=0.3, reduction="sum")
+    seen = penalty(model, optimizer, x, y)
+    assert all(d.dtype == dtype for d in seen)
+    _, gradient = rho_and_gradient(mlp(dtype=dtype).double(), cross_entropy_sum(y), x.double(), reduction="sum")
+    assert_gradients_close([d.double() for d in seen], times(0.3, gradient), tolerance=0.1)
+
+
+def test_gradients_clipped_after_unscaling_are_those_of_the_loss() -> None:
+    """The order that torch's notes give: unscale, clip, step; the penalty comes on top, within its own bound."""
+    model, (x, y) = mlp(dtype=torch.float32), batch(8, 4, dtype=torch.float32)
+    optimizer = plain(model, mu=100.0, clip=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    scaler.scale(criterion_of(optimizer)(model(x), y)).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    own = gradients(model)
+    scaler.step(optimizer)
+    assert norm(own) == pytest.approx(0.01, rel=1e-3)
+    added = norm([g - o for g, o in zip(gradients(model), own, strict=True)])
+    assert added == pytest.approx(0.5 * float(norm(own)), rel=1e-3)

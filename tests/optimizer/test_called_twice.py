@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from kfac_flat import FlatKFAC
-from tests.optimizer.loops import step
+from tests.optimizer.loops import (
+    criterion_of,
+    gradients,
+    penalty,
+    plain,
+    step,
+    times,
+)
+from tests.reference import assert_gradients_close, batch, cross_entropy_sum, mlp, rho_and_gradient, seeded
 
 
 class Switching(nn.Module):
@@ -37,3 +45,42 @@ def test_a_layer_that_is_read_no_more_is_no_part_of_rho() -> None:
     assert "more than once" in optimizer.skipped_layers["b"]
     optimizer.load_state_dict(optimizer.state_dict())
     step(model, optimizer)
+
+
+class Repeating(nn.Module):
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        for _ in range(self.times):
+            x = torch.tanh(self.middle(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("calls", [2, 5])
+@pytest.mark.parametrize("reduction", ["max", "sum"])
+def test_a_layer_called_again_has_no_single_block_and_is_named_and_the_rest_is_right(
+    reduction: str, calls: int
+) -> None:
+    model, (x, y) = seeded(lambda: Repeating(calls)), batch(8, 4)
+    names = ["first", "head"]
+    rho, gradient = rho_and_gradient(model, cross_entropy_sum(y), x, reduction=reduction, names=names)
+    optimizer = plain(model, mu=0.3, reduction=reduction)
+    assert_gradients_close(penalty(model, optimizer, x, y), times(0.3, gradient))
+    assert optimizer.skipped_layers == {"middle": "called more than once in one forward pass"}
+    assert optimizer.rho == pytest.approx(float(rho), rel=1e-9)
+
+
+def test_the_whole_model_called_twice_for_one_loss_is_one_batch() -> None:
+    """As in contrastive learning: each call is a part of the batch."""
+    model, (x, y) = mlp(), batch(8, 4)
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x)
+    optimizer = plain(model, mu=0.3)
+    criterion = criterion_of(optimizer)
+    (criterion(model(x[:5]), y[:5]) + criterion(model(x[5:]), y[5:])).backward()
+    own = gradients(model)
+    optimizer.step()
+    assert_gradients_close([g - o for g, o in zip(gradients(model), own, strict=True)], times(0.3, gradient))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 
 from kfac_flat import FlatKFAC
-from tests.optimizer.loops import gradients, norm, penalty, plain, small_net, step, times
+from tests.optimizer.loops import criterion_of, gradients, norm, penalty, plain, small_net, step, times, train
 from tests.reference import assert_gradients_close, batch, cross_entropy_sum, mlp, rho_and_gradient
 
 
@@ -63,3 +63,30 @@ def test_a_mask_term_follows_the_bound_and_a_mu_of_zero_clears_it() -> None:
             assert next(iter(direct.values())).norm() < 0.1 * raw.norm()
         step(model, optimizer)
         assert optimizer.input_mask_gradients() == {}
+
+
+@pytest.mark.parametrize("how", ["norm", "value"])
+def test_gradients_that_the_loop_clips_are_the_losss_alone(how: str) -> None:
+    """Clipping comes before step(), so the penalty is added to what it has left; hooks see the sum."""
+    model, (x, y) = mlp(), batch(8, 4)
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x)
+    optimizer = plain(model, mu=0.3)
+    criterion_of(optimizer)(model(x), y).backward()
+    if how == "norm":
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    else:
+        nn.utils.clip_grad_value_(model.parameters(), 0.01)
+    own = gradients(model)
+    optimizer.step()
+    assert_gradients_close([g - o for g, o in zip(gradients(model), own, strict=True)], times(0.3, gradient))
+
+
+def test_a_hook_before_the_bases_step_can_clip_the_sum() -> None:
+    model = mlp()
+    base = SGD(model.parameters(), lr=1.0)
+    optimizer = plain(model, base=base, mu=3.0)
+    optimizer.register_step_pre_hook(lambda *_: [nn.utils.clip_grad_norm_(model.parameters(), 0.1)].clear())
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, 1)
+    moved = norm([p.detach() - b for p, b in zip(model.parameters(), before, strict=True)])
+    assert moved == pytest.approx(0.1, rel=1e-4)

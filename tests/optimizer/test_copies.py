@@ -13,9 +13,16 @@ from torch import nn
 from torch.optim import SGD
 
 from kfac_flat import FlatKFAC
-from tests.optimizer.loops import same, snapshot, train
+from tests.optimizer.loops import (
+    criterion_of,
+    gradients,
+    plain,
+    same,
+    snapshot,
+    train,
+)
 from tests.optimizer.resumable import SHAPE, fresh
-from tests.reference import mlp
+from tests.reference import batch, mlp
 
 
 def pickled(pair: tuple[nn.Module, FlatKFAC]) -> Any:
@@ -61,3 +68,33 @@ def test_the_criterion_of_a_copy_is_its_own() -> None:
     train(other, copied, 3, start=2)
     train(model, optimizer, 3, start=2)
     assert same(snapshot(other, copied), snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_a_copied_model_is_free_of_hooks_after_its_first_call(duplicate: Any) -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=0.3)
+    copied = duplicate(model)
+    assert torch.equal(copied(x), model(x))
+    tables = ("_forward_pre_hooks", "_forward_hooks", "_forward_pre_hooks_with_kwargs")
+    assert all(not getattr(copied, table) for table in tables)
+    assert all(getattr(model, table) for table in tables)
+    optimizer.zero_grad()
+    criterion_of(optimizer)(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.rho > 0
+
+
+def test_a_copy_made_between_backward_and_step_takes_that_step_alike() -> None:
+    """But for the penalty, whose batch is not copied: it says so."""
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=0.3)
+    criterion_of(optimizer)(model(x), y).backward()
+    other, copied = copy.deepcopy((model, optimizer))
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        copied.step()
+    optimizer.step()
+    assert optimizer.rho > 0
+    assert same(gradients(other), gradients(other))

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from tests.optimizer.loops import criterion_of, gradients, plain, times
+import pytest
+import torch
+from torch.optim import SGD
+
+from kfac_flat import FlatKFAC
+from tests.optimizer.loops import (
+    criterion_of,
+    gradients,
+    plain,
+    same,
+    snapshot,
+    times,
+    train,
+)
 from tests.reference import Residual, assert_gradients_close, batch, cross_entropy_sum, rho_and_gradient, seeded
 
 
@@ -25,3 +38,34 @@ def test_looking_at_validation_data_between_forward_and_step_changes_nothing() -
     optimizer.step()
     added = [g - o for g, o in zip(gradients(model), own, strict=True)]
     assert_gradients_close(added, times(0.3, gradient))
+
+
+@pytest.mark.parametrize("gradients_on", [True, False])
+@pytest.mark.parametrize("every", [1, 3])
+def test_validation_between_steps_leaves_the_trajectory_as_it_is(every: int, gradients_on: bool) -> None:
+    def run(validate: bool) -> Any:
+        model = seeded(Residual)
+        optimizer = FlatKFAC(SGD(model.parameters(), lr=0.05, momentum=0.9), model, mu=0.3, every=every)
+        for number in range(5):
+            train(model, optimizer, 1, start=number, shape=(6, 2, 5, 5))
+            if validate:
+                model.eval()
+                with torch.set_grad_enabled(gradients_on):
+                    for other in range(3):
+                        model(batch(9, 2, 5, 5, seed=100 + other)[0])
+                model.train()
+        return snapshot(model, optimizer)
+
+    assert same(run(True), run(False))
+
+
+def test_inference_mode_between_steps_is_no_training() -> None:
+    model = seeded(Residual)
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.05), model, mu=0.3, every=1)
+    train(model, optimizer, 1, shape=(6, 2, 5, 5))
+    model.eval()
+    with torch.inference_mode():
+        model(batch(9, 2, 5, 5)[0])
+    model.train()
+    train(model, optimizer, 1, start=1, shape=(6, 2, 5, 5))
+    assert optimizer.rho > 0

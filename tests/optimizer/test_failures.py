@@ -14,8 +14,9 @@ from torch.optim import SGD, Adam
 
 from kfac_flat import FlatKFAC
 from kfac_flat.curvature import tracker
-from tests.optimizer.loops import same, small_net, snapshot, step, train
-from tests.reference import batch, mlp
+from tests import reference
+from tests.optimizer.loops import penalty, plain, same, small_net, snapshot, step, times, train
+from tests.reference import assert_gradients_close, batch, cross_entropy_sum, mlp, rho_and_gradient, seeded
 
 
 def test_an_interrupt_in_the_first_refresh_leaves_an_optimizer_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,3 +159,101 @@ def test_a_bad_refresh_adds_nothing_until_the_next_one() -> None:
         optimizer.step()
         unchanged = all(torch.equal(p.grad, o) for p, o in zip(model.parameters(), own, strict=True))
         assert unchanged == (number < 3)
+
+
+# -------------------------------------------------------------------------------------------------- second derivatives
+
+
+class Once(torch.autograd.Function):
+    """The identity, with a derivative that has none itself, as fused kernels have it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+
+class Fused(nn.Module):
+    def __init__(self, once: bool = True) -> None:
+        super().__init__()
+        self.first, self.second, self.head, self.once = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3), once
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(torch.tanh(self.first(x)))
+        return self.head(torch.tanh(Once.apply(x) if self.once else x))
+
+
+@pytest.mark.parametrize("reduction", ["max", "sum"])
+def test_layers_behind_which_something_is_differentiable_once_are_named_and_the_others_are_right(
+    reduction: str,
+) -> None:
+    """torch itself would take their curvature for a constant without a word."""
+    model, other = seeded(Fused), seeded(lambda: Fused(once=False))
+    x, y = batch(8, 4)
+    for net in (model, other):
+        net.first.weight.data.mul_(9)  # so that the maximum is in front
+    values = reference.radii(other, cross_entropy_sum(y), x)
+    assert max(values, key=lambda name: values[name].item()) != "head"
+    optimizer = plain(model, mu=0.3, reduction=reduction)
+    for _ in range(3):  # with reduction="max" the other one may be at the maximum once the first one is gone
+        seen = penalty(model, optimizer, x, y)
+    skipped = optimizer.skipped_layers
+    assert skipped.keys() == ({"first", "second"} if reduction == "sum" else {"second"})
+    assert all("once_differentiable" in reason for reason in skipped.values())
+    names = [name for name in values if name not in skipped]
+    _, gradient = rho_and_gradient(other, cross_entropy_sum(y), x, names=names, reduction=reduction)
+    assert_gradients_close(seen, times(0.3, gradient))
+
+
+def test_where_no_layer_is_left_the_error_names_them_all() -> None:
+    model = seeded(Fused)
+    optimizer = plain(model, mu=0.3, reduction="sum", layers=["first", "second"])
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"none left.*first is followed by something .*; second is"):
+        penalty(model, optimizer, *batch(8, 4))
+    assert same(model.state_dict(), before)
+
+
+# -------------------------------------------------------------------------------------------------- out of memory
+
+
+def out_of_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_out_of_memory_costs_the_penalty_and_not_the_step(monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
+    model, other = mlp(), mlp()
+    base = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = FlatKFAC(base, model, mu=0.3, every=2, batch_fraction=0.5)
+    if not first:
+        train(model, optimizer, 2)
+    other.load_state_dict(model.state_dict())
+    bare = SGD(other.parameters(), lr=0.1, momentum=0.9)
+    bare.load_state_dict(copy.deepcopy(base.state_dict()))
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker, "factors_times", out_of_memory)
+        with pytest.warns(UserWarning, match="curvature of 4 of 8 .*batch_fraction, such as 0.25"):
+            train(model, optimizer, 1, start=2)
+        train(model, optimizer, 1, start=3)  # the step until the next refresh has no penalty, and no warning
+    train(other, bare, 2, start=2)
+    assert same(snapshot(model, base), snapshot(other, bare))
+    train(model, optimizer, 1, start=4)
+    train(other, bare, 1, start=4)
+    assert not same(model.state_dict(), other.state_dict())
+    assert optimizer.rho > 0
+
+
+def test_out_of_memory_in_the_users_own_pass_is_the_users() -> None:
+    model = mlp()
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, mu=0.3)
+    model[2].register_forward_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        model(batch(8, 4)[0])
+    model[2]._forward_hooks.clear()
+    train(model, optimizer, 1)
+    assert optimizer.rho > 0

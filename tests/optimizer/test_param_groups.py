@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+from torch import nn
+from torch.nn import functional as F
 from torch.optim import SGD
 
-from tests.optimizer.loops import penalty, plain, times
+from tests.optimizer.loops import (
+    criterion_of,
+    penalty,
+    plain,
+    times,
+)
 from tests.reference import assert_gradients_close, batch, cross_entropy_sum, mlp, rho_and_gradient
 
 
@@ -26,3 +34,36 @@ def test_only_parameters_that_the_optimizer_steps_on_take_a_penalty() -> None:
     of_second = slice(2, 4)
     assert_gradients_close(seen[of_second], times(0.3, gradient[of_second]))
     assert all(not d.any() for d in seen[:2] + seen[4:])
+
+
+def test_groups_keep_their_own_learning_rate_and_decay() -> None:
+    """Against the bare optimizer on gradients to which the reference's penalty has been added."""
+
+    def groups(model: nn.Sequential) -> SGD:
+        first = {"params": list(model[:2].parameters()), "lr": 0.1, "weight_decay": 0.01}
+        return SGD([first, {"params": list(model[2:].parameters()), "lr": 0.01, "momentum": 0.5}], lr=1.0)
+
+    model, other = mlp(), mlp()
+    optimizer, bare = plain(model, base=groups(model), mu=0.3, reduction="sum"), groups(other)
+    for number in range(3):
+        x, y = batch(8, 4, seed=number)
+        optimizer.zero_grad()
+        criterion_of(optimizer)(model(x), y).backward()
+        optimizer.step()
+        bare.zero_grad()
+        _, gradient = rho_and_gradient(other, cross_entropy_sum(y), x, reduction="sum")
+        F.cross_entropy(other(x), y).backward()
+        for p, g in zip(other.parameters(), gradient, strict=True):
+            p.grad.add_(g, alpha=0.3)
+        bare.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-8, atol=1e-12)
+
+
+def test_a_group_added_in_the_middle_of_training_takes_a_penalty_from_the_next_refresh_on() -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, base=SGD(model[:4].parameters(), lr=0.0), mu=0.3, every=2)
+    penalty(model, optimizer, x, y)
+    optimizer.add_param_group({"params": list(model[4].parameters())})
+    assert not any(d.any() for d in penalty(model, optimizer, x, y)[4:])
+    assert all(d.any() for d in penalty(model, optimizer, x, y)[4:])

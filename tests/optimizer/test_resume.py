@@ -1,6 +1,11 @@
+"""A training goes on from a checkpoint bit for bit, in another process as well."""
+
 from __future__ import annotations
 
 import copy
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +18,8 @@ from kfac_flat import FlatKFAC
 from tests.optimizer.loops import MakeBase, gradients, same, snapshot, train
 from tests.optimizer.resumable import BASES, SHAPE, fresh, network
 from tests.reference import mlp, seeded
+
+ROOT = Path(__file__).parents[2]
 
 
 def through_disk(path: Path, state: Any) -> Any:
@@ -46,6 +53,24 @@ def test_resuming_from_a_checkpoint_is_bit_exact(
     assert same(snapshot(resumed, other), snapshot(model, optimizer))
     assert other.rho == optimizer.rho
     assert other.radii() == optimizer.radii()
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 5), (3, 3)])
+def test_a_process_that_is_killed_is_taken_up_by_another_bit_for_bit(tmp_path: Path, n: int, m: int) -> None:
+    """n + m steps in this process, and n in one and m in another, each of which is killed after it has saved."""
+    model, optimizer = fresh("sgd")
+    train(model, optimizer, n + m, shape=SHAPE)
+    path = tmp_path / "checkpoint.pt"
+    for start, steps in ((0, n), (n, m)):
+        command = [sys.executable, "-m", "tests.optimizer.resumable", str(path), "sgd", f"--start={start}"]
+        with subprocess.Popen([*command, f"--steps={steps}"], cwd=ROOT) as process:
+            assert process.wait() == -signal.SIGKILL
+    saved = torch.load(path, weights_only=True)
+    assert same(saved["model"], model.state_dict())
+    assert same(saved["optimizer"], optimizer.state_dict())
+    momenta = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
+    assert len(momenta) == len(list(model.parameters()))
+    assert all(momentum.any() for momentum in momenta)
 
 
 def test_forgetting_the_curvature_at_resume_would_be_noticed(tmp_path: Path) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch.nn import functional as F
 from torch.optim import SGD
 
 from kfac_flat import FlatKFAC
-from tests.optimizer.loops import same, snapshot, train
+from tests.optimizer.loops import (
+    same,
+    snapshot,
+    train,
+)
 from tests.reference import Residual, batch, mlp, seeded
 
 
@@ -38,3 +46,29 @@ def test_a_step_in_between_without_backward_is_the_bases() -> None:
     before = snapshot(model, optimizer.base)
     optimizer.step()
     assert same(snapshot(model, optimizer.base), before)
+
+
+@pytest.mark.parametrize(
+    "clear",
+    [
+        lambda model, optimizer: optimizer.zero_grad(),
+        lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+        lambda model, optimizer: optimizer.base.zero_grad(),
+        lambda model, optimizer: model.zero_grad(),
+        lambda model, optimizer: model.zero_grad(set_to_none=False),
+        lambda model, optimizer: [setattr(p, "grad", None) for p in model.parameters()],
+    ],
+    ids=["optimizer", "optimizer to zero", "base", "model", "model to zero", "by hand"],
+)
+def test_however_gradients_are_cleared_the_trajectory_is_the_same(clear: Callable[..., Any]) -> None:
+    def run(clear: Callable[..., Any]) -> Any:
+        model = mlp()
+        optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1, momentum=0.9), model, mu=0.3, every=2)
+        for number in range(5):
+            x, y = batch(8, 4, seed=number)
+            clear(model, optimizer)
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return snapshot(model, optimizer)
+
+    assert same(run(clear), run(lambda model, optimizer: optimizer.zero_grad()))
