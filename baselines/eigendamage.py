@@ -62,7 +62,8 @@ class EigenDamagePruner:
     the smallest eigenvalue of the bases as they were before the removal.
 
     Weights that are rotated become new Parameters in the same parameter group, in the old one's place, with no
-    optimizer state: momentum starts from zero. The bias stays the same Parameter and keeps its state.
+    optimizer state: momentum starts from zero. The bias stays the same Parameter and keeps its state. All this is for
+    training in one process.
 
     Args:
         model: The model being trained.

@@ -68,18 +68,16 @@ def fisher_statistics(
 
     for batch in data:
         x = map_tensors(lambda t: t.to(device), batch[0] if isinstance(batch, (tuple, list)) else batch)
-        state = generator.get_state()
         seen = None
         while seen is None:
             try:
                 with torch.random.fork_rng(devices=[]):
                     seen = twin.read((x,), {}, loss, create_graph=False)
-            except CalledTwiceError as error:
+            except CalledTwiceError as error:  # before any label has been drawn
                 twice = [name for name, layer in twin.layers.items() if layer is error.layer]
                 unread |= dict.fromkeys(twice, str(error))
                 names = [name for name in names if name not in twice]
                 twin = Twin(in_eval_mode, names)
-                generator.set_state(state)
         n = batch_size(x)
         examples += n
         for name, layer_data in seen.items():

@@ -270,6 +270,9 @@ class SurgeonPruner(CurvaturePruner):
 class ChannelOBDPruner(CurvaturePruner):
     """C-OBD: the neurons whose weights matter least, each taken by itself.
 
+    Reading the diagonal takes a layer's weight times the examples of a batch in memory: give ``data`` in small batches
+    for wide layers.
+
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> optimizer, data = torch.optim.SGD(model.parameters(), lr=0.1), [torch.randn(16, 4)]

@@ -318,6 +318,8 @@ def test_a_run_is_resumed_bit_for_bit(name: str) -> None:
     assert outcomes[0] == outcomes[1]
 
 
+# torch's own exporter still does what torch's own pytree deprecates.
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", CASES)
 def test_a_pruned_model_is_copied_and_exported_and_computes_the_same(name: str, tmp_path: Path) -> None:
     model, _, x = pruned(name)
@@ -330,12 +332,6 @@ def test_a_pruned_model_is_copied_and_exported_and_computes_the_same(name: str, 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
-
-
-# torch's own exporter still does what torch's own pytree deprecates.
-test_a_pruned_model_is_copied_and_exported_and_computes_the_same = pytest.mark.filterwarnings(
-    r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning"
-)(test_a_pruned_model_is_copied_and_exported_and_computes_the_same)
 
 
 # ---------------------------------------------------------------- what stays whole, and what is refused
