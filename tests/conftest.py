@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.processes import run as run
+
 # The nets are tiny: one thread is faster than several that wait for each other, and results are the same everywhere.
 torch.set_num_threads(1)
 

@@ -284,7 +284,7 @@ class RadiusTracker:
         if not seen and only is not None:
             return self._read(args, kwargs, loss, conditions, create_graph=create_graph)
         if not seen:
-            skipped = "".join(f"; {name} is {reason}" for name, reason in self.skipped.items())
+            skipped = "".join(f"; {n} is {self.skipped[n]}" for n in self._order if n in self.skipped)
             raise RuntimeError(
                 "the curvature's loss depends on none of the layers that are followed "
                 f"({', '.join(self.names) or 'none left'}): are they frozen, or unused in this forward pass?{skipped}"

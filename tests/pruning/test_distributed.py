@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import functools
-import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,52 +20,11 @@ from kfac_flat import CutError, NeuronPruner, rewrap
 from kfac_flat.distributed import Agreement
 from kfac_flat.pruning import scheduler
 from kfac_flat.pruning.graph import NeuronGraph
+from tests.processes import RunInProcesses, Scenario
 from tests.pruning.masking import distance
 from tests.pruning.nets import CASES, call
 
 RANKS = 2
-PATIENCE = 20  # seconds that a process waits for another; no test comes near it
-Scenario = Callable[[int], Any]
-
-
-# ---------------------------------------------------------------- processes
-
-
-def _rank(scenario: Scenario, rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=PATIENCE),
-    )
-    torch.save(scenario(rank), folder / f"{rank}.pt")
-    if rank == 0:
-        (folder / "done").touch()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[[Scenario], list[Any]]]:
-    """Run a scenario in two processes; what each returned, None for one that was killed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once, not once a process
-    processes: list[Any] = []
-
-    def run(scenario: Scenario) -> list[Any]:
-        processes.extend(context.Process(target=_rank, args=(scenario, rank, tmp_path)) for rank in range(RANKS))
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(3 * PATIENCE)
-        assert all(process.exitcode in (0, -signal.SIGKILL) for process in processes), "see the traceback above"
-        files = [tmp_path / f"{rank}.pt" for rank in range(RANKS)]
-        return [torch.load(file) if file.exists() else None for file in files]
-
-    yield run
-    for process in processes:
-        process.kill()
-        process.join()
 
 
 # ---------------------------------------------------------------- training
@@ -167,7 +123,7 @@ def _trajectory(rank: int, ddp: dict[str, Any], adam: bool) -> dict[str, Any]:
     ids=["plain", "views_of_small_buckets", "unused", "static"],
 )
 def test_two_processes_cut_the_same_neurons_and_train_on_like_one(
-    ddp: dict[str, Any], adam: bool, run: Callable[[Scenario], list[Any]]
+    ddp: dict[str, Any], adam: bool, run: RunInProcesses
 ) -> None:
     found = run(functools.partial(_trajectory, ddp=ddp, adam=adam))
     whole = Run.start(adam=adam).go()
@@ -188,7 +144,7 @@ def _forgotten(rank: int) -> tuple[str, dict[str, Any]]:
     return message, trained.go(epochs=1)
 
 
-def test_a_wrapper_that_was_not_told_stops_the_cut_on_every_rank(run: Callable[[Scenario], list[Any]]) -> None:
+def test_a_wrapper_that_was_not_told_stops_the_cut_on_every_rank(run: RunInProcesses) -> None:
     whole = Run.start()
     whole.train()
     whole.end_epoch()
@@ -220,9 +176,7 @@ def _failing(rank: int, at: str) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("at", ["choosing", "preparing", "exchanging"])
-def test_a_rank_that_fails_leaves_every_rank_uncut_and_the_next_attempt_succeeds(
-    at: str, run: Callable[[Scenario], list[Any]]
-) -> None:
+def test_a_rank_that_fails_leaves_every_rank_uncut_and_the_next_attempt_succeeds(at: str, run: RunInProcesses) -> None:
     (other, first), (own, second) = run(functools.partial(_failing, at=at))
     reason = "cannot be cut while something else holds it" if at == "exchanging" else "MemoryError: no memory left"
     assert reason in own
@@ -246,7 +200,7 @@ def _dying(rank: int, at: str) -> str:
 
 
 @pytest.mark.parametrize("at", ["_scores", "on_cut"])
-def test_a_rank_that_dies_leaves_the_others_uncut(at: str, run: Callable[[Scenario], list[Any]]) -> None:
+def test_a_rank_that_dies_leaves_the_others_uncut(at: str, run: RunInProcesses) -> None:
     message, nothing = run(functools.partial(_dying, at=at))
     assert nothing is None
     assert message.startswith("CutError: a process is gone or has not come to step(), so this one leaves its model")
@@ -268,9 +222,7 @@ def _wanting_more(rank: int) -> str:
     ("scenario", "expected"),
     [(_unreduced, "ranks 1 have scored the neurons unlike rank 0"), (_wanting_more, "ranks 1 would remove other")],
 )
-def test_ranks_that_would_cut_differently_are_refused(
-    scenario: Scenario, expected: str, run: Callable[[Scenario], list[Any]]
-) -> None:
+def test_ranks_that_would_cut_differently_are_refused(scenario: Scenario, expected: str, run: RunInProcesses) -> None:
     for message in run(scenario):
         assert expected in message
 
@@ -288,7 +240,7 @@ def _noisy(rank: int) -> dict[str, list[int]]:
     return removed
 
 
-def test_where_scores_differ_by_rounding_all_ranks_go_by_those_of_rank_0(run: Callable[[Scenario], list[Any]]) -> None:
+def test_where_scores_differ_by_rounding_all_ranks_go_by_those_of_rank_0(run: RunInProcesses) -> None:
     first, second = run(_noisy)
     assert first == second
 
@@ -308,7 +260,7 @@ def _counted(rank: int) -> list[int]:
     return counts
 
 
-def test_processes_talk_to_each_other_only_when_a_removal_is_due(run: Callable[[Scenario], list[Any]]) -> None:
+def test_processes_talk_to_each_other_only_when_a_removal_is_due(run: RunInProcesses) -> None:
     assert run(_counted) == [[0, 2, 0, 2, 0]] * RANKS
 
 
