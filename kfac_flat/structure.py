@@ -75,11 +75,9 @@ def structural_copy(model: Module, tensor: Callable[[Tensor], Tensor]) -> Module
 
 
 def _run_own_code(module: nn.Module, memo: Mapping[int, Any]) -> None:
-    """Part a copied module from functions that run the original: those that torch.compile made, and closures."""
+    """Part a copied module from functions that run the original: what Module.compile() made, and closures."""
     own = vars(module)
     own.pop("_compiled_call_impl", None)
-    if "_orig_mod" in module._modules:
-        own["forward"] = module._modules["_orig_mod"]
     for name, value in own.items():
         if isinstance(value, types.FunctionType):
             own[name] = _rebound(value, memo)

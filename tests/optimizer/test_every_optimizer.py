@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import LBFGS, SGD, Adam, Optimizer
+from torch.optim import LBFGS, SGD, Adam, Optimizer, SparseAdam
 
 from kfac_flat import FlatKFAC
 from tests.optimizer.loops import criterion_of, gradients, norm, penalty, plain, same, train
-from tests.reference import batch, cross_entropy_sum, mlp, rho_and_gradient
+from tests.reference import batch, cross_entropy_sum, mlp, rho_and_gradient, seeded
 
 
 def is_plain(kind: Any) -> bool:
@@ -122,3 +122,44 @@ def test_a_closure_is_called_once_with_gradients_enabled_and_its_loss_returned()
     penalty(other, direct, x, y)
     assert same(model.state_dict(), other.state_dict())
     assert direct.step.__name__ == "step"
+
+
+def test_sparse_gradients_are_left_to_the_optimizer_that_takes_them() -> None:
+    """SparseAdam steps on gradients to which nothing dense can be added; the dense layers are another one's."""
+    model = seeded(
+        lambda: nn.Sequential(nn.EmbeddingBag(9, 4, sparse=True), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    )
+    twin = copy.deepcopy(model)
+    tokens, y = torch.arange(40).view(8, 5) % 9, torch.arange(8) % 3
+    optimizer = FlatKFAC(SparseAdam(list(model[0].parameters()), lr=0.1), model, mu=0.5, every=1)
+    bare = SparseAdam(list(twin[0].parameters()), lr=0.1)
+    for _ in range(3):
+        for net, steps in ((model, optimizer), (twin, bare)):
+            steps.zero_grad()
+            F.cross_entropy(net(tokens), y).backward()
+            steps.step()
+    assert same(model.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_lbfgs_minimises_the_penalised_objective(every: int) -> None:
+    """Each evaluation of the closure counts as a step; where every one has its own penalty the objective falls."""
+    model, (x, y) = mlp(), batch(8, 4)
+    base = LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    optimizer = plain(model, base=base, mu=0.05, reduction="sum", every=every)
+    criterion = criterion_of(optimizer)
+
+    def objective() -> float:
+        rho, _ = rho_and_gradient(model, cross_entropy_sum(y), x, reduction="sum")
+        return float(criterion(model(x), y).detach() + 0.05 * rho)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    before = objective()
+    for _ in range(3):
+        optimizer.step(closure)
+    assert objective() < before

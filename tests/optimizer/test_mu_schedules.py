@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.optim import SGD
 
 from kfac_flat import FlatKFAC
-from tests.optimizer.loops import criterion_of, gradients, penalty, plain, same, times, train
+from tests.optimizer.loops import criterion_of, gradients, norm, penalty, plain, same, times, train
 from tests.reference import assert_gradients_close, batch, cross_entropy_sum, mlp, rho_and_gradient
 
 
@@ -74,6 +75,16 @@ def test_a_group_whose_mu_is_zero_steps_as_the_base_does_bit_for_bit() -> None:
     optimizer.step()
     assert same(gradients(model)[4:], own[4:])
     assert not same(gradients(model)[:4], own[:4])
+
+
+def test_the_bound_is_relative_to_the_gradients_that_take_a_penalty() -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    base = SGD([{"params": list(model[:4].parameters())}, {"params": list(model[4].parameters()), "mu": 0.0}], lr=0.0)
+    optimizer = plain(model, base=base, mu=100.0, clip=0.5)
+    F.cross_entropy(model(x), y).backward()
+    bound = 0.5 * norm(gradients(model)[:4])
+    optimizer.zero_grad()
+    assert torch.isclose(norm(penalty(model, optimizer, x, y)), bound, rtol=1e-9)
 
 
 def test_a_penalty_of_one_group_alone() -> None:
