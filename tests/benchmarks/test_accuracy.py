@@ -170,6 +170,12 @@ def test_data_free_merges_neurons_of_linear_layers_and_says_where_there_are_none
     assert (found["neurons"], found["missed"]) == (16, 0)
 
 
+def test_a_run_that_misses_its_target_says_so(tmp_path: Path, capsys: Any) -> None:
+    (run,) = command(tmp_path, "--method", "data-free", "--epochs", 1)
+    assert run["missed"] == 0.75
+    assert "75.0% less removed than asked for" in capsys.readouterr().out
+
+
 def test_what_is_counted_is_what_is_there() -> None:
     model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 4, 3))
     size, widths = accuracy.measured(model, torch.randn(1, 1, 4, 4))
