@@ -315,7 +315,7 @@ class FlatKFAC(OptimizerWrapper):
         found = {p: weights[p] * g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
         self._penalty_norm = get_total_norm(list(found.values())).to(gradient.rho.device)
         finite = self._penalty_norm.isfinite()
-        self._penalty = {p: torch.where(finite, g, 0.0).to(p.dtype) for p, g in found.items()}
+        self._penalty = {p: g.masked_fill_(~finite, 0.0).to(p.dtype) for p, g in found.items()}
         self._mask_terms = {
             name: torch.where(finite, weights.get(weight_of(self._inner, name), others) * m, 0.0)
             for name, m in gradient.input_masks.items()
