@@ -42,7 +42,11 @@ def narrowed(*tensors: Tensor) -> list[Tensor]:
 def varying_dims(ids: Tensor) -> list[int]:
     """Axes along which the ids differ."""
     (small,) = narrowed(ids)
-    return [d for d in range(ids.dim()) if small.shape[d] > 1 and bool((small != small.narrow(d, 0, 1)).any())]
+    return [d for d in range(ids.dim()) if _varies(small, d)]
+
+
+def _varies(ids: Tensor, dim: int) -> bool:
+    return ids.shape[dim] > 1 and bool((ids != ids.narrow(dim, 0, 1)).any())
 
 
 def compact(ids: Tensor) -> Tensor:
@@ -55,7 +59,8 @@ def compact(ids: Tensor) -> Tensor:
 def read_along(ids: Tensor, dim: int) -> Tensor | None:
     """Return the vector of ids along an axis, or None if they differ along any other axis."""
     dim %= ids.dim()
-    if any(d != dim for d in varying_dims(ids)):
+    (small,) = narrowed(ids)
+    if any(d != dim and _varies(small, d) for d in range(ids.dim())):
         return None
     index = [slice(None) if d == dim else 0 for d in range(ids.dim())]
     return ids[tuple(index)].contiguous()
