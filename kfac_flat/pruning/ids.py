@@ -42,11 +42,14 @@ def narrowed(*tensors: Tensor) -> list[Tensor]:
 def varying_dims(ids: Tensor) -> list[int]:
     """Axes along which the ids differ."""
     (small,) = narrowed(ids)
-    return [d for d in range(ids.dim()) if _varies(small, d)]
-
-
-def _varies(ids: Tensor, dim: int) -> bool:
-    return ids.shape[dim] > 1 and bool((ids != ids.narrow(dim, 0, 1)).any())
+    varying = []
+    for d in range(ids.dim()):
+        first = small.narrow(d, 0, min(1, small.shape[d]))
+        if small.shape[d] > 1 and bool((small != first).any()):
+            varying.append(d)
+        else:
+            small = first  # along other axes, ids differ there as they do elsewhere
+    return varying
 
 
 def compact(ids: Tensor) -> Tensor:
@@ -59,8 +62,7 @@ def compact(ids: Tensor) -> Tensor:
 def read_along(ids: Tensor, dim: int) -> Tensor | None:
     """Return the vector of ids along an axis, or None if they differ along any other axis."""
     dim %= ids.dim()
-    (small,) = narrowed(ids)
-    if any(d != dim and _varies(small, d) for d in range(ids.dim())):
+    if any(d != dim for d in varying_dims(ids)):
         return None
     index = [slice(None) if d == dim else 0 for d in range(ids.dim())]
     return ids[tuple(index)].contiguous()
