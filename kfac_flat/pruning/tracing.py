@@ -227,9 +227,26 @@ class _Tracer(fx.Tracer):
         return parts
 
     def create_arg(self, a: Any) -> Any:
-        """Find a parameter or buffer by identity at once, rather than by a walk through the whole model each time."""
-        name = self._tensor_names.get(id(a)) if isinstance(a, Tensor) else None
+        """Find a tensor by identity at once, rather than by a walk through the whole model each time."""
+        if isinstance(a, fx.Proxy):  # as most are
+            return a.node
+        if not isinstance(a, Tensor):
+            return super().create_arg(a)
+        name = self._tensor_names.get(id(a)) or self.tensor_attrs.get(a)
+        if name is None and not isinstance(a, nn.Parameter):
+            name = self.tensor_attrs[a] = self.get_fresh_qualname("_tensor_constant")
+            setattr(self.root, name, a)
         return super().create_arg(a) if name is None else self.create_node("get_attr", name, (), {})
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Find what the model's code reads of a module likewise."""
+        followed = isinstance(attr_val, Tensor if self.proxy_buffer_attributes else nn.Parameter)
+        name = self._tensor_names.get(id(attr_val)) if followed else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
         """Trace, and forget the parts that nothing reads."""
