@@ -105,6 +105,11 @@ class WeightPruner(ABC):
         return 1 - sum(int(m.sum()) for m in self.masks.values()) / self._total
 
     @property
+    def progress(self) -> float:
+        """Share of the weights that have gone, ``target`` in the end: here, sparsity is all there is."""
+        return self.sparsity
+
+    @property
     def finished(self) -> bool:
         """Whether all events have passed."""
         return self._event >= self._schedule.events

@@ -19,7 +19,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,9 @@ import kfac_flat
 from benchmarks.methods import METHODS, Method
 from benchmarks.records import Record, append, circumstances, command_line, progress_bar, read_records
 from benchmarks.tasks import TASKS, Task, accuracy
-from examples.digits import Images, dense_size, synchronize, whole
+from examples.digits import Images, synchronize, whole
+from kfac_flat import Size
+from kfac_flat.pruning.graph import NeuronGraph
 from kfac_flat.pruning.latency import latency
 from kfac_flat.pruning.tracing import ExampleInputs
 
@@ -58,12 +59,14 @@ def run(
     shuffle = torch.Generator().manual_seed(seed)
     train_set, test_set = data
     model, example = task.network().to(train_set.images.device), train_set.images[:1]
-    size, widths = dense_size(model, example)
     optimizer = method.optimizer(task.optimizer(model), model)
     pruner = None
     if sparsity and method.pruner:
-        timing = method.timing(task, epochs, task.updates(train_set), round(sparsity * size.neurons))
-        pruner = method.pruner(model, optimizer, example, target=sparsity, **timing.options, **method.options)
+        going = round(sparsity * measured(model, example)[0].neurons)
+        timing = method.timing(task, epochs, task.updates(train_set), going)
+        target = method.target(model, example, sparsity)
+        read = [task.sample(train_set)] if method.reads else []
+        pruner = method.pruner(model, optimizer, example, *read, target=target, **timing.options, **method.options)
     schedule = task.schedule(optimizer, epochs, train_set)
 
     start, updates = time.perf_counter(), 0
@@ -75,17 +78,30 @@ def run(
         on_epoch()
     synchronize(example.device)
     seconds = time.perf_counter() - start
-    if pruner:
-        size, widths = pruner.size, pruner.widths
+    size, widths = measured(model, example)
     return {
         "accuracy": accuracy(model, test_set),
         "seconds": round(seconds, 2),
-        **{name: value for name, value in asdict(size).items() if value is not None},
+        "missed": max(0.0, round(target - pruner.progress, 4)) if pruner else 0.0,
+        "neurons": size.neurons,
+        "parameters": size.parameters,
+        "macs": size.macs,
         "latency": latency(model, ExampleInputs.of(test_set.images[:MEASURED])),
         "rho": max(kfac_flat.spectral_radii(model.eval(), test_set.images[:MEASURED]).values()),
         "sharpness": sharpness(model, train_set.images[:MEASURED], train_set.labels[:MEASURED]),
         "widths": widths,
     }
+
+
+def measured(model: nn.Module, example: Tensor) -> tuple[Size, dict[str, int]]:
+    """Count what there is of a network as it is, and the output channels of all its layers, by name.
+
+    Those of the projections that EigenDamage puts in count as neurons like others; weights that are zero count.
+    """
+    graph = NeuronGraph(model, example)
+    widths = {name: len(graph.channels[name].outputs) for name in graph.producers}
+    parameters = sum(p.numel() for p in model.parameters())
+    return Size(sum(widths[name] for name in graph.hidden), parameters, graph.macs), widths
 
 
 def sharpness(model: nn.Module, images: Tensor, labels: Tensor, noise: float = 0.1, draws: int = 20) -> float:

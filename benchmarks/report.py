@@ -36,6 +36,9 @@ Written by `python -m benchmarks.report` from the runs of `python -m benchmarks.
 
 - Accuracy: on the test images after the last epoch, in %, mean ± standard deviation (number of seeds); the highest mean
   is in bold.
+- Columns say what was asked for; † marks what a method could not reach by more than a hundredth. EigenDamage, weight
+  pruning and SNIP are asked for as many parameters as go when every layer loses that share of its neurons; their
+  "neurons" below are output channels, projections' among them, and "parameters" count zeros.
 - Area: under accuracy against sparsity, how much larger than that of {REFERENCE}, at the sparsities that both have.
 - Latency: of one call on {MEASURED} test images, on which rho is measured as well.
 - Sharpness: mean rise of the training loss when all weights of layers are multiplied by 1 plus normal noise of 0.1.
@@ -92,8 +95,11 @@ def accuracies(runs: Sequence[Record]) -> Iterator[str]:
 
     def cell(method: str, level: float) -> str:
         values = found[method, level]
-        written = f"{spread(values)} ({len(values)})" if values else ""
+        written = f"{spread(values)} ({len(values)}){short_of(method, level)}" if values else ""
         return f"**{written}**" if values and mean(values) == best[level] else written
+
+    def short_of(method: str, level: float) -> str:
+        return " †" if any(r.get("missed", 0.0) > 0.01 for r in matching(runs, method, level)) else ""
 
     def gained(method: str) -> str:
         found = gain(runs, method)

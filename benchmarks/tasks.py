@@ -138,6 +138,8 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 # The loss of every task, for optimizers that watch it.
 CRITERION = nn.CrossEntropyLoss()
 
+READ = 1024  # training images that methods read which go by statistics of the data
+
 
 @dataclass(frozen=True)
 class Task:
@@ -175,6 +177,11 @@ class Task:
     def updates(self, train_set: Images) -> int:
         """Return how many there are in an epoch."""
         return int(self.seen * len(train_set.labels)) // self.batch_size
+
+    def sample(self, train_set: Images) -> list[tuple[Tensor, Tensor]]:
+        """Return the first training images with their labels, in batches, for methods that read some."""
+        parts = (part[:READ].split(self.batch_size) for part in (train_set.images, train_set.labels))
+        return list(zip(*parts, strict=True))
 
     def optimizer(self, model: nn.Module) -> Optimizer:
         """Make the optimizer that methods wrap."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
-from baselines import HybridPruner
+from baselines import HybridPruner, TaylorPruner
 from baselines.hybrid import Statistics, ThresholdPredictor, area, best_threshold
 from kfac_flat import FlatKFAC, NeuronPruner
 from kfac_flat.pruning.remaining import Remaining
@@ -67,9 +67,19 @@ def made(kind: Any, penalty: bool = True, **options: Any) -> tuple[nn.Module, Op
     return model, optimizer, kind(model, optimizer, torch.zeros(1, 4).double(), **schedule, **options)
 
 
-@pytest.mark.parametrize(("threshold", "like"), [(1.0, NeuronPruner), (0.0, OtherPruner)])
-def test_at_the_ends_one_of_them_chooses_all(threshold: float, like: type[NeuronPruner]) -> None:
-    model, optimizer, hybrid = made(HybridPruner, taylor=OtherPruner, threshold=threshold)
+@pytest.mark.parametrize(
+    ("first", "threshold", "like"),
+    [
+        (OtherPruner, 1.0, NeuronPruner),
+        (OtherPruner, 0.0, OtherPruner),
+        (TaylorPruner, 1.0, NeuronPruner),
+        (TaylorPruner, 0.0, TaylorPruner),
+    ],
+)
+def test_at_the_ends_one_of_them_chooses_all(
+    first: type[NeuronPruner], threshold: float, like: type[NeuronPruner]
+) -> None:
+    model, optimizer, hybrid = made(HybridPruner, taylor=first, threshold=threshold)
     alone_model, alone_optimizer, alone = made(like)
     run(hybrid, model, optimizer, range(4))
     run(alone, alone_model, alone_optimizer, range(4))
@@ -81,21 +91,22 @@ def test_at_the_ends_one_of_them_chooses_all(threshold: float, like: type[Neuron
 def test_the_two_would_choose_differently() -> None:
     """Otherwise the tests around this one would show nothing."""
     removed = []
-    for kind in (NeuronPruner, OtherPruner):
+    for kind in (NeuronPruner, OtherPruner, TaylorPruner):
         model, optimizer, pruner = made(kind)
         run(pruner, model, optimizer, range(1))
         removed.append({name: gone.tolist() for name, gone in pruner.history[0].removed.items()})
-    assert removed[0] != removed[1]
+    assert removed[0] not in removed[1:]
 
 
-def test_it_switches_once_few_enough_neurons_are_left() -> None:
+@pytest.mark.parametrize("first", [OtherPruner, TaylorPruner])
+def test_it_switches_once_few_enough_neurons_are_left(first: type[NeuronPruner]) -> None:
     """Each event removes a fifth: with the threshold at .7, two are Taylor's and two HGNP's, on scores of one epoch."""
-    model, optimizer, hybrid = made(HybridPruner, taylor=OtherPruner, threshold=0.7)
+    model, optimizer, hybrid = made(HybridPruner, taylor=first, threshold=0.7)
     names = []
     for epoch in range(4):
         names.append(hybrid.chooses)
         # What the one whose turn it is would choose on the network as it is, having seen this epoch only.
-        kind = OtherPruner if epoch < 2 else NeuronPruner
+        kind = first if epoch < 2 else NeuronPruner
         copied, stepping = copy.deepcopy((model, optimizer))
         left = round(sum(hybrid.widths[name] for name in ("0", "2")) - 4)
         share = 1 - left / sum(hybrid.widths[name] for name in ("0", "2"))
@@ -105,13 +116,14 @@ def test_it_switches_once_few_enough_neurons_are_left() -> None:
         run(other, copied, stepping, range(epoch, epoch + 1))
         for name in ("0", "2"):
             assert torch.equal(before[name][other.survivors[name]], hybrid.survivors[name])
-    assert names == ["OtherPruner", "OtherPruner", "NeuronPruner", "NeuronPruner"]
+    assert names == [first.__name__] * 2 + ["NeuronPruner"] * 2
 
 
+@pytest.mark.parametrize("first", [OtherPruner, TaylorPruner])
 @pytest.mark.parametrize("at", [1, 3])
-def test_resuming_is_bit_exact_before_and_after_the_switch(at: int) -> None:
+def test_resuming_is_bit_exact_before_and_after_the_switch(at: int, first: type[NeuronPruner]) -> None:
     def fresh() -> tuple[nn.Module, Optimizer, HybridPruner]:
-        return made(HybridPruner, taylor=OtherPruner, threshold=0.7)
+        return made(HybridPruner, taylor=first, threshold=0.7)
 
     model, optimizer, pruner = fresh()
     run(pruner, model, optimizer, range(at))
@@ -129,11 +141,12 @@ def test_resuming_is_bit_exact_before_and_after_the_switch(at: int) -> None:
     assert same(snapshot(model, optimizer), snapshot(model_, optimizer_))
 
 
-def test_an_undone_removal_is_chosen_again() -> None:
-    model, optimizer, hybrid = made(HybridPruner, penalty=False, taylor=OtherPruner, threshold=0.7, keep_removed=True)
+@pytest.mark.parametrize("first", [OtherPruner, TaylorPruner])
+def test_an_undone_removal_is_chosen_again(first: type[NeuronPruner]) -> None:
+    model, optimizer, hybrid = made(HybridPruner, penalty=False, taylor=first, threshold=0.7, keep_removed=True)
     run(hybrid, model, optimizer, range(2))
     hybrid.undo()
-    assert hybrid.chooses == "OtherPruner"
+    assert hybrid.chooses == first.__name__
     run(hybrid, model, optimizer, range(1, 4))
     assert sum(hybrid.widths[name] for name in ("0", "2")) == 4
 

@@ -6,6 +6,8 @@ import copy
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import accuracy
-from benchmarks.methods import METHODS
+from benchmarks import accuracy, tasks
+from benchmarks.methods import METHODS, in_parameters
 from benchmarks.records import read_records
 from benchmarks.tasks import TASKS, Task
-from examples.digits import Images
+from examples.digits import DigitsNet, Images
 from kfac_flat import FlatKFAC
 
 DENSE = 288  # neurons of the network for digits
@@ -95,26 +97,96 @@ def few() -> tuple[Task, tuple[Images, Images]]:
     return TASKS["digits"], (part, test)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_and_removes_what_it_is_asked_to(name: str, few: Any) -> None:
-    task, data = few
+@pytest.fixture
+def narrow(few: Any) -> tuple[Task, tuple[Images, Images]]:
+    """The same, and a network a quarter as wide: 72 neurons, 5,122 parameters."""
+    task, (part, test) = few
+    return replace(task, network=partial(DigitsNet, 8)), (part, Images(test.images[:100], test.labels[:100]))
+
+
+OTHERWISE = ("data-free", "eigendamage", "eigendamage-one-pass", "weight-magnitude", "snip")
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OTHERWISE])
+def test_every_method_trains_and_removes_the_neurons_it_is_asked_to(name: str, narrow: Any) -> None:
+    task, data = narrow
     sparsity = 0.5 if METHODS[name].pruner else 0.0
     epochs: list[int] = []
     found = accuracy.run(task, METHODS[name], sparsity, 0, 3, data, lambda: epochs.append(1))
-    assert found["neurons"] == pytest.approx((1 - sparsity) * DENSE, abs=2)
+    assert found["neurons"] == pytest.approx((1 - sparsity) * DENSE / 4, abs=2)
+    assert found["missed"] == 0
+    assert 0 <= found["accuracy"] <= 100
     assert len(epochs) == 3
 
 
-def test_methods_differ_and_the_same_one_repeats_itself(few: Any) -> None:
-    task, data = few
+@pytest.mark.parametrize("name", ["eigendamage", "eigendamage-one-pass"])
+def test_eigendamage_removes_the_parameters_of_layers_that_have_lost_their_share_of_neurons(
+    name: str, narrow: Any
+) -> None:
+    task, data = narrow
+    found = accuracy.run(task, METHODS[name], 0.5, 0, 3, data)
+    halved = sum(p.numel() for p in DigitsNet(4).parameters())
+    assert found["missed"] == 0
+    assert 0.85 * halved < found["parameters"] <= halved + 1
+    assert any(layer.endswith(".project") for layer in found["widths"])
+
+
+@pytest.mark.parametrize("name", ["weight-magnitude", "snip"])
+def test_weights_become_zero_and_are_still_there(name: str, narrow: Any) -> None:
+    task, data = narrow
+    model = task.network()
+    target = METHODS[name].target(model, data[0].images[:1], 0.5)
+    found = accuracy.run(task, METHODS[name], 0.5, 0, 3, data)
+    assert (found["neurons"], found["parameters"]) == (DENSE / 4, sum(p.numel() for p in model.parameters()))
+    assert found["missed"] == pytest.approx(0, abs=1e-3)
+    assert 0.7 < target < 0.75
+
+
+def test_data_free_merges_neurons_of_linear_layers_and_says_where_there_are_none(narrow: Any) -> None:
+    task, data = narrow
+    none = accuracy.run(task, METHODS["data-free"], 0.5, 0, 2, data)
+    assert (none["neurons"], none["missed"]) == (DENSE / 4, 0.5)
+    layers = (nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 10))
+    task = replace(task, network=lambda: nn.Sequential(*copy.deepcopy(layers)))
+    found = accuracy.run(task, METHODS["data-free"], 0.5, 0, 2, data)
+    assert (found["neurons"], found["missed"]) == (16, 0)
+
+
+def test_what_is_counted_is_what_is_there() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 4, 3))
+    size, widths = accuracy.measured(model, torch.randn(1, 1, 4, 4))
+    assert (size.neurons, size.parameters, size.macs) == (5, 50 + 10 + 63, 5 * 9 * 4 + 60)
+    assert widths == {"0": 5, "4": 3}
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.75])
+def test_parameters_are_those_of_a_network_as_much_narrower(sparsity: float) -> None:
+    def count(width: int) -> int:
+        return sum(p.numel() for p in DigitsNet(width).parameters())
+
+    share = in_parameters(DigitsNet(16), torch.randn(1, 1, 8, 8), sparsity)
+    assert share == pytest.approx(1 - count(round((1 - sparsity) * 16)) / count(16))
+
+
+def test_pruners_read_the_first_images_with_their_labels_in_batches(few: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, (part, _) = few
+    monkeypatch.setattr(tasks, "READ", 100)
+    read = task.sample(part)
+    assert [len(images) for images, _ in read] == [64, 36]
+    assert torch.equal(torch.cat([images for images, _ in read]), part.images[:100])
+    assert torch.equal(torch.cat([labels for _, labels in read]), part.labels[:100])
+
+
+def test_methods_differ_and_the_same_one_repeats_itself(narrow: Any) -> None:
+    task, data = narrow
     runs = [accuracy.run(task, METHODS[name], 0.5, 0, 2, data) for name in ("hgnp", "hgnp", "theta", "magnitude-l1")]
     for what in ("accuracy", "rho", "sharpness", "widths"):
         assert runs[0][what] == runs[1][what]
     assert len({json.dumps(run["widths"]) for run in runs[1:]}) == 3
 
 
-def test_the_dense_network_is_trained_as_the_methods_optimizer_does(few: Any) -> None:
-    task, data = few
+def test_the_dense_network_is_trained_as_the_methods_optimizer_does(narrow: Any) -> None:
+    task, data = narrow
     flat, theta, sgd = (accuracy.run(task, METHODS[name], 0.0, 0, 2, data) for name in ("hgnp", "theta", "sgd"))
     assert theta["sharpness"] == sgd["sharpness"]
     assert flat["sharpness"] != sgd["sharpness"]
@@ -140,6 +212,15 @@ def test_single_neurons_go_evenly_after_a_third_and_until_the_last_removal(
     assert due[0] >= epochs // 3 * updates
     assert due[needed - 1] <= max(due[0], task.last_removal(epochs) * updates)
     assert each == 1 or going > (task.last_removal(epochs) - max(1, epochs // 3)) * updates
+
+
+@pytest.mark.parametrize("epochs", [2, 24])
+def test_a_removal_at_once_comes_with_the_last_of_the_others(epochs: int) -> None:
+    several, single = (METHODS[n].timing(TASKS["digits"], epochs, 21, 9) for n in ("kron-obd", "eigendamage-one-pass"))
+    assert several.options["max_step"] == (0.5 if epochs > 2 else 0.95)
+    options = several.options
+    assert single.options["start"] == options["start"] + (options["events"] - 1) * options["every"]
+    assert single.options["events"] == 1
 
 
 def test_other_methods_are_stepped_at_the_end_of_each_epoch() -> None:

@@ -51,6 +51,15 @@ def rows(lines: list[str]) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells}
 
 
+def test_what_was_not_reached_is_marked() -> None:
+    runs = records()
+    for run in runs:
+        run["missed"] = {"hgnp": 0.009, "invented": 0.5}.get(run["method"], 0.0)
+    table = rows(list(report.accuracies(runs)))
+    assert table["invented"][3] == "**99.00 (1) †**"
+    assert table["hgnp"][3] == "52.00 ± 2.00 (3)"
+
+
 def test_accuracies_are_means_and_deviations_and_the_best_are_bold() -> None:
     table = rows(list(report.accuracies(records())))
     assert table["method"] == ["dense", "50% removed", "75% removed", "90% removed", "area vs taylor %"]
