@@ -42,6 +42,7 @@ from benchmarks.saliency_cost import mlp, resnet18_cifar
 from benchmarks.tasks import CRITERION, CifarNet
 from benchmarks.torchvision_models import models
 from kfac_flat import FlatKFAC
+from kfac_flat.curvature.layers import input_dim, is_layer
 from kfac_flat.curvature.twin import quiet_hooks
 
 Ratios = dict[str, float]
@@ -87,6 +88,8 @@ def flat(**options: Any) -> Make:
 
 
 BARE, BETWEEN = "bare SGD", "between refreshes"
+EXACT = "exact factors and eigh, full batch"
+LARGEST = 2048  # size of a factor beyond which decomposing it at every step is not waited for
 
 
 def with_sam(model: nn.Module) -> Optimizer:
@@ -101,7 +104,11 @@ def with_hessian(model: nn.Module) -> Optimizer:
 
 def with_factors(model: nn.Module) -> Optimizer:
     """Make the bare optimizer with BackPACK's own factors, read on a copy, and their decomposition before each step."""
-    extended, loss = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss())
+    extended, loss = copy.deepcopy(model), extend(nn.CrossEntropyLoss())
+    for module in extended.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # its hooks do not get along with it
+    extend(extended)
     inputs: list[Tensor] = []
     model.register_forward_pre_hook(lambda _, x: inputs.__setitem__(slice(None), x))
     optimizer = sgd(model)
@@ -126,7 +133,7 @@ ROWS: dict[str, Make] = {
     "survey, half batch": flat(every=1, survey_every=1, batch_fraction=0.5),
     "refresh, full batch": flat(every=1, survey_every=NEVER, batch_fraction=1.0),
     "survey, full batch": flat(every=1, survey_every=1, batch_fraction=1.0),
-    "exact factors and eigh, full batch": flat(every=1, survey_every=1, batch_fraction=1.0, eigenpairs="exact"),
+    EXACT: flat(every=1, survey_every=1, batch_fraction=1.0, eigenpairs="exact"),
     "SAM": with_sam,
     "Hessian, 10 products": with_hessian,
     "BackPACK's KFAC and eigh": with_factors,
@@ -195,11 +202,14 @@ def time_ratios(
 ) -> tuple[float, Ratios]:
     """Return the median seconds of a bare step, and each row's median ratio to the bare step of the same round.
 
-    Rows that cannot train this network are left out.
+    Rows that cannot train this network are left out, and the exact factors where they are too large.
     """
     model, shape = network
     subjects: dict[str, Subject] = {}
+    largest = max(input_dim(module) for module in network[0].modules() if is_layer(module))  # type: ignore[arg-type]
     for name, make in rows.items():
+        if name == EXACT and largest > LARGEST:
+            continue
         subject = Subject(copy.deepcopy(model), make, shape, options)
         with contextlib.suppress(NotImplementedError):  # what BackPACK says of a layer that it does not know
             subject.step()
