@@ -40,6 +40,7 @@ from baselines import (
     SpectralRadius,
     TaylorPruner,
 )
+from benchmarks.peers import SparseTorchPruning, TaylorTorchPruning, TorchPruning
 from benchmarks.tasks import CRITERION, Task
 from kfac_flat import FlatKFAC, NeuronPruner
 
@@ -203,4 +204,7 @@ METHODS = {
     "random": Method(pruner=RandomPruner),
     "weight-magnitude": Method(pruner=small_weights, target=in_parameters),
     "snip": Method(pruner=insensitive_weights, timing=when_made, reads=True, target=in_parameters),
+    "tp-group-taylor": Method(pruner=TaylorTorchPruning, reads=True),
+    "tp-group-magnitude": Method(pruner=TorchPruning, reads=True),
+    "tp-group-norm": Method(pruner=SparseTorchPruning, reads=True),
 }

@@ -105,9 +105,10 @@ def narrow(few: Any) -> tuple[Task, tuple[Images, Images]]:
 
 
 OTHERWISE = ("data-free", "eigendamage", "eigendamage-one-pass", "weight-magnitude", "snip")
+OF_NEURONS = [name for name in METHODS if name not in OTHERWISE and not name.startswith("tp-")]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in OTHERWISE])
+@pytest.mark.parametrize("name", OF_NEURONS)
 def test_every_method_trains_and_removes_the_neurons_it_is_asked_to(name: str, narrow: Any) -> None:
     task, data = narrow
     sparsity = 0.5 if METHODS[name].pruner else 0.0
@@ -117,6 +118,23 @@ def test_every_method_trains_and_removes_the_neurons_it_is_asked_to(name: str, n
     assert found["missed"] == 0
     assert 0 <= found["accuracy"] <= 100
     assert len(epochs) == 3
+
+
+@pytest.mark.parametrize("name", ["sam", "spectral-radius"])
+def test_a_second_pass_of_the_optimizer_is_not_scored(name: str, narrow: Any) -> None:
+    task, (part, _) = narrow
+    scores = []
+    for method in (METHODS["taylor"], METHODS[f"{name}+taylor"]):
+        torch.manual_seed(0)
+        model = task.network()
+        optimizer = method.optimizer(task.optimizer(model), model)
+        assert method.pruner is not None
+        pruner = method.pruner(model, optimizer, part.images[:1], target=0.5, start=1, events=1)
+        tasks.CRITERION(model(part.images), part.labels).backward()
+        optimizer.step()
+        scores.append(pruner.step().removed)
+    assert scores[0].keys() == scores[1].keys()
+    assert all(torch.equal(gone, scores[1][layer]) for layer, gone in scores[0].items())
 
 
 @pytest.mark.parametrize("name", ["eigendamage", "eigendamage-one-pass"])
