@@ -188,13 +188,6 @@ def shared_weight() -> nn.Module:
     return Net(weight_of_another_layer, a=nn.Linear(6, 6), b=nn.Linear(6, 8), c=nn.Linear(8, 8), head=nn.Linear(8, 3))
 
 
-def called_by_keyword() -> nn.Module:
-    def forward(net: Any, x: Tensor) -> Tensor:
-        return net.head(F.relu(net.c(F.relu(net.b(input=F.relu(net.a(x)))))))
-
-    return Net(forward, a=nn.Linear(6, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 24), head=nn.Linear(24, 3))
-
-
 def mixing_parameter() -> nn.Module:
     net = linears(product_with_parameter)()
     net.mix = nn.Parameter(torch.randn(8, 8))
@@ -324,15 +317,6 @@ def test_what_cannot_be_followed_is_frozen_and_what_is_cut_is_exact(name: str, s
     for layer in expected or {}:
         assert pruner.widths[layer] == widths_of(layers_of(dense)[layer])[1]
     train_on(model, inputs)
-
-
-def test_a_layer_that_is_called_by_keyword_stays_whole_and_is_counted() -> None:
-    pruner = pruner_for(called_by_keyword(), torch.ones(1, 6), target=0.3)
-    assert {name: pruner.frozen[name] for name in ("a", "b")} == {
-        "a": "b (Linear) has no rule",
-        "b": "is not called by itself: it is unused, or inside a module that is not looked into",
-    }
-    assert pruner.size.macs == 6 * 8 + 8 * 8 + 8 * 24 + 24 * 3
 
 
 def train_on(model: nn.Module, inputs: Any) -> None:
