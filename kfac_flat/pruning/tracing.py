@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
+import sys
+import types
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,6 +195,38 @@ def trace(
     return {False: programs[False]} if programs[True].same_as(programs[False], keeps_shape) else programs
 
 
+class _Unpacked:
+    """A value of tracing that knows into how many names the code takes it apart.
+
+    torch.fx disassembles the whole calling function each time to find that out; here it is done once.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        caller = sys._getframe(1)
+        number = _names_unpacked_into(caller.f_code, caller.f_lasti)
+        if number is None:
+            return self.tracer.iter(self)  # type: ignore[attr-defined, no-any-return]
+        return (self[i] for i in range(number))  # type: ignore[index]
+
+
+class _Proxy(_Unpacked, fx.Proxy):
+    """The result of an operation."""
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+
+class _Attribute(_Unpacked, fx.proxy.Attribute):
+    """An attribute of one, such as its shape."""
+
+
+@functools.lru_cache(4096)
+def _names_unpacked_into(code: types.CodeType, offset: int) -> int | None:
+    """How many names the instruction assigns the parts of a value to; None where it does something else."""
+    unpacking = (i for i in dis.get_instructions(code) if i.offset == offset and i.opname == "UNPACK_SEQUENCE")
+    return next((int(i.argval) for i in unpacking), None)
+
+
 _TRACE_ERRORS = (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError, LookupError)
 
 
@@ -215,6 +251,10 @@ class _Tracer(fx.Tracer):
         if module_qualified_name in self._opaque or self._is_known(m):
             return True
         return super().is_leaf_module(m, module_qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Make the value of an operation."""
+        return _Proxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
         """Hand out the parts of a tensor as a tuple where their number is written in the call that makes them."""
