@@ -16,7 +16,7 @@ from kfac_flat import FlatKFAC
 from kfac_flat.changes import Change, setting
 from kfac_flat.curvature.tracker import RadiusGradient
 from kfac_flat.curvature.twin import Conditions, Twin
-from kfac_flat.nested import batch_size
+from kfac_flat.nested import batch_size, map_tensors
 from kfac_flat.optimizer import Schedule
 from kfac_flat.pruning import layers
 from kfac_flat.pruning.saliency import mask_gradient
@@ -166,10 +166,8 @@ class HessianTracker:
             conditions: Makes the context, of randomness and precision, that the forward pass runs in.
             survey: Means nothing here, where there are no layers to choose from.
         """
-        if self._twin is None or not self._twin.is_current():
-            self._twin = Twin(self._model, [])
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            _, total = self._twin.run(args, kwargs, loss, conditions)
+            _, total = self._current_twin().run(args, kwargs, loss, conditions)
         mean = total / batch_size((args, kwargs))
         v, product = self._power_iteration(mean, parameters)
         quotient = torch.stack([(x * y).sum() for x, y in zip(v, product, strict=True)]).sum()
@@ -179,6 +177,17 @@ class HessianTracker:
         sign, rho = quotient.detach().sign(), quotient.detach().abs()
         self.eigenvectors, self.radii = dict(zip(parameters, v, strict=True)), {"": rho}
         return RadiusGradient(rho, [None if g is None else sign * g for g in found], self._input_masks(rho))
+
+    def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:
+        """Return what the copy of the model that is differentiated gives."""
+        output, _ = self._current_twin().run(args, kwargs, lambda _: torch.zeros(()), conditions)
+        return map_tensors(Tensor.detach, output)
+
+    def _current_twin(self) -> Twin:
+        """Return the twin, made anew where the model has changed."""
+        if self._twin is None or not self._twin.is_current():
+            self._twin = Twin(self._model, [])
+        return self._twin
 
     def _power_iteration(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
         """Return a unit vector close to the eigenvector, and the Hessian times it, which has a graph."""

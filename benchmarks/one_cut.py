@@ -69,10 +69,10 @@ LIBRARIES = {"kfac-flat": cut_by_us, "torch-pruning": cut_by_torch_pruning}
 
 @contextmanager
 def timed(what: str, tell: Tell) -> Iterator[None]:
-    """Tell how many seconds something took."""
-    start = time.perf_counter()
+    """Tell how many seconds something took, and how many of them the processor was at it."""
+    start, start_cpu = time.perf_counter(), time.process_time()
     yield
-    tell(**{what: time.perf_counter() - start})
+    tell(**{what: time.perf_counter() - start, f"{what}_cpu": time.process_time() - start_cpu})
 
 
 def build(name: str) -> nn.Module:
@@ -112,8 +112,9 @@ def measure(library: str, name: str, image_size: int, tell: Tell) -> None:
         library: One of :data:`LIBRARIES`.
         name: A classifier of torchvision.
         image_size: Height and width of the images.
-        tell: Is called with ``build`` and ``cut`` (seconds); ``neurons`` (share removed), ``reach`` (share of the
-            parameters in tensors that got smaller), ``parameters`` and ``macs`` (factors); ``trains`` (True).
+        tell: Is called with ``build`` and ``cut`` (seconds), ``build_cpu`` and ``cut_cpu`` (seconds of the processor);
+            ``neurons`` (share removed), ``reach`` (share of the parameters in tensors that got smaller), ``parameters``
+            and ``macs`` (factors); ``trains`` (True).
     """
     model, x = build(name), torch.randn(1, 3, image_size, image_size)
     before, neurons_before, macs_before = shapes(model), neurons(model), macs(model, x)

@@ -1,10 +1,10 @@
 """How long NeuronPruner takes, and how much of a model it reaches, on torchvision's classifiers.
 
-For each model: seconds to trace it and find out which neurons go together, seconds for one cut, and what is left. Half
-of the neurons that can go do so, about the same share of each layer; torch-pruning, measured beside it, is asked for
-half of each layer but the classifier. Each model and each library has a process and a time limit of its own. After the
-cut, the model runs in eval mode, where MACs are counted, and then forward and backward in train mode; an error stands
-in the column that could not be filled.
+For each model: seconds of the processor to trace it and find out which neurons go together, and for one cut (those of
+the clock are in the JSON file), and what is left. Half of the neurons that can go do so, about the same share of each
+layer; torch-pruning, measured beside it, is asked for half of each layer but the classifier. Each model and each
+library has a process and a time limit of its own. After the cut, the model runs in eval mode, where MACs are counted,
+and then forward and backward in train mode; an error stands in the column that could not be filled.
 
 ``--saliency`` measures instead what it costs to record Theta at every training step.
 
@@ -47,8 +47,8 @@ MODELS = (
 )  # fmt: skip
 IMAGE_SIZE = {"inception_v3": 299}
 COLUMNS = {  # what is known of a cut, and how it is written
-    "build": ("trace\ns", "{:.2f}"),
-    "cut": ("cut\ns", "{:.2f}"),
+    "build_cpu": ("trace\nCPU s", "{:.2f}"),
+    "cut_cpu": ("cut\nCPU s", "{:.2f}"),
     "neurons": ("neurons\ngone", "{:.1%}"),
     "reach": ("params\nreached", "{:.1%}"),
     "parameters": ("params\nfewer", "{:.2f}x"),
@@ -192,7 +192,7 @@ def circumstances(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": options.command,
         "versions": {"python": platform.python_version(), OURS: kfac_flat.__version__, **versions},
-        "hardware": {"cpu": cpu_name(), "threads": options.threads},
+        "hardware": {"cpu": cpu_name(), "threads": options.threads, "load": round(os.getloadavg()[0], 1)},
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
     }
 

@@ -3,8 +3,10 @@
 Every row trains the same network on the same batch with an optimizer of its own, one step of each in turn, so that
 whatever else the machine does meets all of them; the ratio to the bare step is taken round by round, and its median
 told. FlatKFAC's steps are of three kinds, each a row: between refreshes, a refresh that reads the layer which attains
-the maximum, and one that surveys all layers. What a schedule costs per step follows from these. Peak memory is that of
-a fresh process (on a GPU, of the allocator) over what it took before the network was made.
+the maximum, and one that surveys all layers. What a schedule costs per step follows from these. Beside them stand SAM,
+the Hessian's spectral radius by ten products with it, and BackPACK's own Kronecker factors with their decompositions,
+which know of few kinds of layers. Peak memory is that of a fresh process (on a GPU, of the allocator) over what it took
+before the network was made.
 
 Run it with ``python -m benchmarks.step_cost`` (``pip install -e ".[benchmark]"``); ``--help`` tells the options,
 ``--widths`` measures one network at several widths instead.
@@ -16,7 +18,7 @@ import argparse
 import contextlib
 import copy
 import json
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -26,17 +28,22 @@ from statistics import median
 from typing import Any
 
 import torch
+from backpack import backpack, extend
+from backpack.extensions import KFAC
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from baselines import SAM, SpectralRadius
 from benchmarks.records import ROOT, circumstances, command_line, progress_bar
 from benchmarks.saliency_cost import mlp, resnet18_cifar
-from benchmarks.tasks import CifarNet
+from benchmarks.tasks import CRITERION, CifarNet
 from benchmarks.torchvision_models import models
 from kfac_flat import FlatKFAC
+from kfac_flat.curvature.layers import input_dim, is_layer
+from kfac_flat.curvature.twin import quiet_hooks
 
 Ratios = dict[str, float]
 Make = Callable[[nn.Module], Optimizer]
@@ -81,6 +88,44 @@ def flat(**options: Any) -> Make:
 
 
 BARE, BETWEEN = "bare SGD", "between refreshes"
+EXACT = "exact factors and eigh, full batch"
+LARGEST = 2048  # size of a factor beyond which decomposing it at every step is not waited for
+
+
+def with_sam(model: nn.Module) -> Optimizer:
+    """Make SAM around it."""
+    return SAM(sgd(model), model, CRITERION)
+
+
+def with_hessian(model: nn.Module) -> Optimizer:
+    """Make the penalty on the Hessian's spectral radius, with ten power steps each time."""
+    return SpectralRadius(sgd(model), model, CRITERION, iterations=10)
+
+
+def with_factors(model: nn.Module) -> Optimizer:
+    """Make the bare optimizer with BackPACK's own factors, read on a copy, and their decomposition before each step."""
+    extended, loss = copy.deepcopy(model), extend(nn.CrossEntropyLoss())
+    for module in extended.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False  # its hooks do not get along with it
+    extend(extended)
+    inputs: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, x: inputs.__setitem__(slice(None), x))
+    optimizer = sgd(model)
+
+    def decompose(*_: Any) -> None:
+        extended.load_state_dict(model.state_dict())
+        labels = torch.zeros(len(inputs[0]), dtype=torch.long, device=inputs[0].device)
+        with backpack(KFAC()), quiet_hooks():
+            loss(extended(inputs[0]), labels).backward()
+        for p in extended.parameters():
+            for factor in p.kfac:  # type: ignore[attr-defined]
+                torch.linalg.eigh(factor)
+
+    optimizer.register_step_pre_hook(decompose)
+    return optimizer
+
+
 ROWS: dict[str, Make] = {
     BARE: sgd,
     BETWEEN: flat(every=NEVER),
@@ -88,7 +133,10 @@ ROWS: dict[str, Make] = {
     "survey, half batch": flat(every=1, survey_every=1, batch_fraction=0.5),
     "refresh, full batch": flat(every=1, survey_every=NEVER, batch_fraction=1.0),
     "survey, full batch": flat(every=1, survey_every=1, batch_fraction=1.0),
-    "exact factors and eigh, full batch": flat(every=1, survey_every=1, batch_fraction=1.0, eigenpairs="exact"),
+    EXACT: flat(every=1, survey_every=1, batch_fraction=1.0, eigenpairs="exact"),
+    "SAM": with_sam,
+    "Hessian, 10 products": with_hessian,
+    "BackPACK's KFAC and eigh": with_factors,
 }
 # Steps from refresh to refresh, refreshes from survey to survey, share of the batch.
 SCHEDULES = {
@@ -133,7 +181,7 @@ class Subject:
         """Make one step as a training loop does."""
         self.optimizer.zero_grad()
         with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.bfloat16):
-            loss = nn.functional.cross_entropy(self.model(self.x), self.y)
+            loss = CRITERION(self.model(self.x), self.y)
         loss.backward()
         self.optimizer.step()
 
@@ -152,35 +200,58 @@ def time_ratios(
     options: argparse.Namespace,
     on_round: Callable[[], None],
 ) -> tuple[float, Ratios]:
-    """Return the median seconds of a bare step, and each row's median ratio to the bare step of the same round."""
+    """Return the median seconds of a bare step, and each row's median ratio to the bare step of the same round.
+
+    Rows that cannot train this network are left out, and the exact factors where they are too large.
+    """
     model, shape = network
-    subjects = {name: Subject(copy.deepcopy(model), make, shape, options) for name, make in rows.items()}
+    subjects: dict[str, Subject] = {}
+    largest = max(input_dim(module) for module in network[0].modules() if is_layer(module))  # type: ignore[arg-type]
+    for name, make in rows.items():
+        if name == EXACT and largest > LARGEST:
+            continue
+        subject = Subject(copy.deepcopy(model), make, shape, options)
+        with contextlib.suppress(NotImplementedError):  # what BackPACK says of a layer that it does not know
+            subject.step()
+            subjects[name] = subject
     rounds: list[dict[str, float]] = []
-    for number in range(options.repetitions + 2):
+    for number in range(options.repetitions + 1):
         times = {name: subject.seconds() for name, subject in subjects.items()}
-        if number > 1:  # the first look at a batch takes twenty power steps
+        if number:  # the first round is for warming up
             rounds.append(times)
         on_round()
-    ratios = {name: median(times[name] / times[BARE] for times in rounds) for name in rows}
+    ratios = {name: median(times[name] / times[BARE] for times in rounds) for name in subjects}
     return median(times[BARE] for times in rounds), ratios
 
 
 def peak_memory(network: str, row: str, options: argparse.Namespace) -> float:
-    """Peak memory in MiB of three steps, over what the process took before."""
+    """Peak memory in MiB of three steps, over what the process holds before.
+
+    Raises:
+        SystemExit: where the system does not tell.
+    """
     model, shape = NETWORKS[network]()
-    if options.device == "cuda":
+    cuda = options.device == "cuda"
+    if cuda:
+        before = torch.cuda.memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats()
-    before = _peak(options.device)
+    else:
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
     subject = Subject(model, ROWS[row], shape, options)
     for _ in range(3):
         subject.step()
-    return _peak(options.device) - before
+    return (torch.cuda.max_memory_allocated() / 2**20 if cuda else _resident("VmHWM")) - before
 
 
-def _peak(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+def _resident(what: str) -> float:
+    """Memory of this process in MiB, as Linux tells it."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        raise SystemExit("peak memory on a CPU is read from /proc/self, which is not there: give --no-memory")
+    found = re.search(rf"^{what}:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) / 2**10
 
 
 def memory_in_fresh_process(network: str, row: str, options: argparse.Namespace) -> float:
@@ -200,11 +271,12 @@ def cost_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column("")
     for name in found:
         table.add_column(name, justify="right")
-    for row in next(iter(found.values()))["time"]:
+    for row in dict.fromkeys(row for result in found.values() for row in result["time"]):
         cells = []
         for result in found.values():
             memory = result["memory"].get(row)
-            cells.append(f"{result['time'][row]:.2f}" + ("" if memory is None else f" ({memory:.2f})"))
+            time_ = result["time"].get(row)
+            cells.append("" if time_ is None else f"{time_:.2f}" + ("" if memory is None else f" ({memory:.2f})"))
         table.add_row(row, *cells)
     table.add_row("seconds of a bare step", *(f"{result['seconds']:.3f}" for result in found.values()))
     return table
@@ -219,12 +291,12 @@ def with_schedules(ratios: Ratios) -> Ratios:
 def measure_networks(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], Table]:
     """Time every row on every network, and take the memory of each."""
     found: dict[str, Any] = {}
-    with progress(console, len(options.models) * (options.repetitions + 2 + len(ROWS) * options.memory)) as advance:
+    with progress(console, len(options.models) * (options.repetitions + 1 + len(ROWS) * options.memory)) as advance:
         for name in options.models:
             torch.manual_seed(0)
             seconds, ratios = time_ratios(NETWORKS[name](), ROWS, options, advance)
             memory: dict[str, float] = {}
-            for row in ROWS if options.memory else ():
+            for row in ROWS.keys() & ratios.keys() if options.memory else ():
                 memory[row] = memory_in_fresh_process(name, row, options)
                 advance()
             relative = {row: mebibytes / memory[BARE] for row, mebibytes in memory.items()}
@@ -235,7 +307,7 @@ def measure_networks(options: argparse.Namespace, console: Console) -> tuple[dic
 def measure_widths(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], Table]:
     """Time a residual network for 16 x 16 images at several widths."""
     found: dict[str, Any] = {}
-    with progress(console, len(options.widths) * (options.repetitions + 2)) as advance:
+    with progress(console, len(options.widths) * (options.repetitions + 1)) as advance:
         for width in options.widths:
             torch.manual_seed(0)
             seconds, ratios = time_ratios((CifarNet((width,) * 4), (3, 16, 16)), ROWS, options, advance)

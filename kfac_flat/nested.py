@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from math import inf
 from typing import Any
 
 from torch import Tensor
@@ -54,3 +56,15 @@ def batch_size(value: Any) -> int:
 def holds_packed(value: Any) -> bool:
     """Tell whether there are packed sequences among the tensors."""
     return any(isinstance(t, PackedSequence) for t in tensors(value, packed=True))
+
+
+def largest_difference(a: Any, b: Any) -> float:
+    """Largest norm of a difference between the tensors of ``a`` and of ``b``, relative to that in ``b``.
+
+    Infinite where they do not hold tensors of the same shapes, not a number where values are not.
+    """
+    pairs = list(zip_longest(tensors(a), tensors(b)))
+    if any(x is None or y is None or x.shape != y.shape for x, y in pairs):
+        return inf
+    differences = [(x.double() - y.double()).norm() / y.double().norm().clamp(min=1e-300) for x, y in pairs]
+    return max(map(float, differences), default=0.0)

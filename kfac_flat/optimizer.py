@@ -21,6 +21,7 @@ from kfac_flat.changes import Change, setting
 from kfac_flat.curvature.likelihood import Likelihood, resolve
 from kfac_flat.curvature.tracker import HostCopy, RadiusGradient, RadiusTracker
 from kfac_flat.curvature.twin import layer_names, unread_modules, weight_of
+from kfac_flat.nested import largest_difference
 from kfac_flat.recorder import CallRecorder, RecordedCall
 from kfac_flat.structure import Kept
 from kfac_flat.wrapper import OptimizerWrapper
@@ -78,6 +79,10 @@ _CHOICES = {
     "reduction": ("max", "sum"),
     "eigenpairs": ("streaming", "exact"),
 }
+
+
+# Precision, compiled code and other kernels change an output by less, relative to its norm.
+_DIFFERENT = 0.05
 
 
 class FlatKFAC(OptimizerWrapper):
@@ -199,6 +204,7 @@ class FlatKFAC(OptimizerWrapper):
         self._skipped_host = HostCopy()
         self._warned = False
         self._calls, self._criterion_calls = self._attach_recorders()
+        self._calls.keeps_outputs = True  # until the first refresh has compared them with the twin's
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the wrapped optimizer does."""
@@ -303,16 +309,35 @@ class FlatKFAC(OptimizerWrapper):
             self._forget_calls()
             _warn_of_memory(error, call.batch_size, self._options.batch_fraction)
             return
+        self._compare_outputs()
         self._forget_calls()
         weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
         found = {p: weights[p] * g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
         self._penalty_norm = get_total_norm(list(found.values())).to(gradient.rho.device)
         finite = self._penalty_norm.isfinite()
-        self._penalty = {p: torch.where(finite, g, 0.0).to(p.dtype) for p, g in found.items()}
+        self._penalty = {p: g.masked_fill_(~finite, 0.0).to(p.dtype) for p, g in found.items()}
         self._mask_terms = {
             name: torch.where(finite, weights.get(weight_of(self._inner, name), others) * m, 0.0)
             for name, m in gradient.input_masks.items()
         }
+
+    def _compare_outputs(self) -> None:
+        """See, once, that the copy which the curvature is read on computes what the model does."""
+        graphs = (g for g in self._calls.graphs if g.has_gradient and g.call.training == self._inner.training)
+        graph = next((graph for graph in graphs if graph.output is not None), None)
+        self._calls.keeps_outputs = False
+        if graph is None:
+            return
+        call = graph.call
+        difference = largest_difference(self._tracker.output(call.args, call.kwargs, call.conditions), graph.output)
+        if difference > _DIFFERENT:  # not where values are not numbers, of which is told elsewhere
+            warnings.warn(
+                "the copy of the model on which FlatKFAC reads the curvature gives another output than the model did "
+                f"(the difference is {difference:.0%} of its size), so the penalty is that of another function. It "
+                "repeats no forward hooks and knows of no randomness but that of torch's global generators: put what "
+                "changes the output into modules",
+                stacklevel=5,  # the line that called step(), past torch's own wrapper
+            )
 
     def _weights(self, rho: Tensor) -> dict[nn.Parameter, Tensor]:
         """Return what the gradient of rho counts for each parameter, which depends on its group."""

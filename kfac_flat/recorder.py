@@ -145,8 +145,9 @@ def _join(values: Sequence[Any], sizes: Sequence[int]) -> Any:
 class RecordedGraph:
     """A recorded call together with what has become of it: whether a gradient has come back, and whether one may."""
 
-    def __init__(self, call: RecordedCall, output: Any) -> None:
+    def __init__(self, call: RecordedCall, output: Any, keep_output: bool = False) -> None:
         self.call = call
+        self.output = map_tensors(lambda t: t.detach().clone(), output) if keep_output else None
         self.has_gradient = False
         self._awaited: weakref.ref[Any] | None = None
         results = [t for t in tensors(output) if t.grad_fn is not None]
@@ -177,6 +178,7 @@ class CallRecorder:
     def __init__(self, wanted: Callable[[], bool] | None = None) -> None:
         self._wanted = wanted
         self._begun: RecordedCall | None = None
+        self.keeps_outputs = False
         self.graphs: list[RecordedGraph] = []
 
     @classmethod
@@ -230,7 +232,7 @@ class CallRecorder:
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Wait for the gradient of a call's output, as ``register_forward_hook`` announces it."""
         if self._begun is not None:
-            self.graphs.append(RecordedGraph(self._begun, output))
+            self.graphs.append(RecordedGraph(self._begun, output, self.keeps_outputs))
             self._begun = None
 
     def _take_off(self, module: nn.Module) -> None:

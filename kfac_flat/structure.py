@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -59,6 +60,8 @@ def structural_copy(model: Module, tensor: Callable[[Tensor], Tensor]) -> Module
         for t in held:
             if isinstance(t, Tensor) and id(t) not in memo:
                 memo[id(t)] = tensor(t)
+        empty = [v for v in vars(module).values() if type(v) in (dict, OrderedDict) and not v]
+        memo.update((id(v), type(v)()) for v in empty)  # most of what a module holds, which deepcopy takes long for
     try:
         for hooks in _hooks_of(model):  # the copy finds in their place those that it needs
             kept = {key: hook for key, hook in hooks.items() if type(hook).__module__.startswith("torch.nn.utils.")}

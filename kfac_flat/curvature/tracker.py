@@ -27,6 +27,7 @@ from kfac_flat.curvature.radius import (
     top_eigenvectors,
 )
 from kfac_flat.curvature.twin import BACKPACK, CalledTwiceError, Conditions, Twin, layer_shape, quiet_hooks
+from kfac_flat.nested import map_tensors
 from kfac_flat.structure import Kept
 
 # Power steps on the very first batch, from random vectors; afterwards one per batch tracks the moving eigenvectors.
@@ -203,6 +204,17 @@ class RadiusTracker:
         total = torch.stack([radii[name].max() for name in active]).sum()
         return RadiusGradient(total, [None if g is None else next(averaged) for g in gradients], masks)
 
+    def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:
+        """Return what the copy of the model that is read gives, to be compared with what the model gave."""
+        seen: list[Any] = []
+
+        def note(output: Any) -> Tensor:
+            seen.append(map_tensors(Tensor.detach, output))
+            return torch.zeros(())  # nothing to be read
+
+        self._current_twin().read(args, kwargs, note, create_graph=False, conditions=conditions)
+        return seen[0]
+
     def selected(self, kept: Mapping[str, Kept]) -> dict[str, Eigenvectors]:
         """Eigenvectors as they will be after a cut that is still to come."""
         return {
@@ -263,16 +275,15 @@ class RadiusTracker:
         create_graph: bool,
         only: Collection[str] | None = None,
     ) -> dict[str, LayerData]:
-        """Read the twin, made anew where the model has changed; layers that have no single call are left out.
+        """Read the twin; layers that have no single call are left out.
 
         Where none of ``only`` takes part, all layers are read.
         """
-        if self._twin is None or not self._twin.is_current():
-            self._twin, self._checked = Twin(self._model, self.names), set()
+        twin = self._current_twin()
         try:
-            seen = self._twin.read(args, kwargs, loss, create_graph=create_graph, only=only, conditions=conditions)
+            seen = twin.read(args, kwargs, loss, create_graph=create_graph, only=only, conditions=conditions)
         except CalledTwiceError as error:
-            names = [name for name, layer in self._twin.layers.items() if layer is error.layer]
+            names = [name for name, layer in twin.layers.items() if layer is error.layer]
             self._leave_out(names, str(error))
             return self._read(args, kwargs, loss, conditions, create_graph=create_graph)
         unbatched = [
@@ -290,6 +301,12 @@ class RadiusTracker:
                 f"({', '.join(self.names) or 'none left'}): are they frozen, or unused in this forward pass?{skipped}"
             )
         return seen
+
+    def _current_twin(self) -> Twin:
+        """Return the twin, made anew where the model has changed."""
+        if self._twin is None or not self._twin.is_current():
+            self._twin, self._checked = Twin(self._model, self.names), set()
+        return self._twin
 
     def _leave_out(self, names: Iterable[str], reason: str) -> None:
         """Follow these layers no longer."""

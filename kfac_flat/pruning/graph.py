@@ -156,24 +156,26 @@ class NeuronGraph:
         Raises:
             CutError: if a layer would read other neurons than it should, or the model would no longer run.
         """
-        small, macs = self._cut_skeleton(model, channels, gone)
+        small, macs = self._cut_skeleton(model, channels, gone, counts=True)
         remaining = without(channels, gone)
         neurons = sum(len(remaining[name].outputs) for name in self.hidden)
         return Size(neurons, sum(p.numel() for p in small.parameters()), macs)
 
-    def _cut_skeleton(self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor) -> tuple[nn.Module, int]:
-        """Return a skeleton of the model that does without these groups, and its multiply-accumulates."""
+    def _cut_skeleton(
+        self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor, counts: bool = False
+    ) -> tuple[nn.Module, int]:
+        """Return a skeleton of the model that does without these groups, and its multiply-accumulates if asked to."""
         small = skeleton(model)
         Surgery(small, kept_without(channels, gone)).apply()
-        return small, self._verify(small, without(channels, gone))
+        return small, self._verify(small, without(channels, gone), counts)
 
-    def _verify(self, pruned: nn.Module, channels: Mapping[str, Channels]) -> int:
+    def _verify(self, pruned: nn.Module, channels: Mapping[str, Channels], counts: bool) -> int:
         """Prove on a skeleton that has been cut that each module reads exactly the neurons it should.
 
         The smaller model is traced anew, so that what its code makes of its own widths is seen as well.
 
         Returns:
-            Multiply-accumulates of one example in eval mode; biases and norms not counted.
+            Multiply-accumulates of one example in eval mode, biases and norms not counted, if asked to count.
 
         Raises:
             CutError: if a module reads others, or the model no longer runs or computes with other numbers.
@@ -190,15 +192,21 @@ class NeuronGraph:
                     raise FailedAtError(
                         (training, i), f"{a.target} is reached or not depending on the number of neurons"
                     )
-            ran = self._run(pruned, small, _Verification(channels), self._numbers)
+            ran = self._run(pruned, small, _Verification(channels), self._numbers, counts=counts and not training)
             macs = ran.flops // (2 * self.inputs.batch_size)  # eval mode comes last
         return macs
 
     def _run(
-        self, bare: nn.Module, program: Program, table: rules.Table, expected: Mapping[Place, Any] | None = None
+        self,
+        bare: nn.Module,
+        program: Program,
+        table: rules.Table,
+        expected: Mapping[Place, Any] | None = None,
+        *,
+        counts: bool,
     ) -> Propagation:
         """Run the ids of neurons through a skeleton."""
-        propagation = Propagation(bare, program, table, self._stuck, self._whole_rows, expected)
+        propagation = Propagation(bare, program, table, self._stuck, self._whole_rows, expected, counts)
         with torch.no_grad():
             propagation.run(*self.inputs.bind(program.graph))
         return propagation
@@ -217,7 +225,7 @@ class NeuronGraph:
         for program in self._programs.values():
             try:
                 table.positions.clear()
-                ran = self._run(self._bare, program, table)
+                ran = self._run(self._bare, program, table, counts=not program.training)
             except FailedAtError as error:
                 raise ValueError(
                     f"the model does not run on example_inputs: {error} Give what the model is called with: a tensor, "
@@ -277,8 +285,8 @@ class _Grouping(rules.Table):
 
     def contracted(self, ids: Tensor) -> None:
         (small,) = narrowed(ids)
-        some = torch.unique(small)
-        self.heads |= {place for place, dealt in self._dealt.items() if torch.isin(some, dealt).any()}
+        summed = membership(small.flatten(), self._next)
+        self.heads |= {place for place, dealt in self._dealt.items() if summed[dealt].any()}
 
     def sized(self, attribute: str, ids: Tensor) -> None:
         self.inputs[attribute] = ids[:0]

@@ -42,7 +42,14 @@ def narrowed(*tensors: Tensor) -> list[Tensor]:
 def varying_dims(ids: Tensor) -> list[int]:
     """Axes along which the ids differ."""
     (small,) = narrowed(ids)
-    return [d for d in range(ids.dim()) if small.shape[d] > 1 and bool((small != small.narrow(d, 0, 1)).any())]
+    varying = []
+    for d in range(ids.dim()):
+        first = small.narrow(d, 0, min(1, small.shape[d]))
+        if small.shape[d] > 1 and bool((small != first).any()):
+            varying.append(d)
+        else:
+            small = first  # along other axes, ids differ there as they do elsewhere
+    return varying
 
 
 def compact(ids: Tensor) -> Tensor:

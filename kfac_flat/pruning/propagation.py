@@ -39,6 +39,7 @@ class Propagation(DryRun):
         whole_rows: Operations that deal neurons out to rows (attention heads) which go as a whole.
         expected: Numbers that the operations of the dense model were called with; a cut must not change them, except
             where data are merely moved. None if this is the dense model.
+        counts: Whether to count what is multiplied.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Propagation(DryRun):
         stuck: Mapping[Place, str],
         whole_rows: Collection[Place],
         expected: Mapping[Place, Any] | None = None,
+        counts: bool = True,
     ) -> None:
-        super().__init__(bare, program)
+        super().__init__(bare, program, counts)
         self.numbers: dict[Place, Any] = {}
         self._bare = bare
         self._table, self._stuck, self._whole_rows, self._expected = table, stuck, whole_rows, expected

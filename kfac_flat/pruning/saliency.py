@@ -63,6 +63,12 @@ class Saliency:
         self.total = torch.zeros(len(ids))
         self.steps = torch.zeros(())
 
+    def fits(self) -> bool:
+        """Tell whether the layers that are scored read as many channels as they did."""
+        return all(
+            layers.channel_counts(module)[0] == len(self._slots[name]) for name, module in self._consumers.items()
+        )
+
     @torch.no_grad()
     def record(self, direct: Mapping[nn.Parameter, Tensor], scale: Tensor | None = None) -> None:
         """Add one step, whose gradients are in place; a step with gradients that are not finite is left out.

@@ -346,8 +346,8 @@ class NeuronPruner:
 
     def _record(self, stepping: Optimizer) -> None:
         """Score a step that ``stepping`` is about to make, on the gradients it is made with."""
-        if not self._left.fits():
-            return  # step() will say so
+        if not self._saliency.fits():
+            return  # step(), which looks at all layers, will say so
         optimizer = self._optimizer
         direct = optimizer.input_mask_gradients() if isinstance(optimizer, PenalisingOptimizer) else {}
         # A fused optimizer under a GradScaler divides by the scale itself, inside its step.

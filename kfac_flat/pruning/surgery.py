@@ -24,6 +24,9 @@ from kfac_flat.structure import Kept
 # Which positions stay along which axes of a tensor.
 Selection: TypeAlias = dict[int, Tensor]
 
+# Entries from which on one axis after the other takes longer than both at once: for the memory in between.
+_LARGE = 2**22
+
 
 @dataclass(frozen=True)
 class ModuleCut:
@@ -109,10 +112,13 @@ def _whole_blocks(positions: Tensor, length: int, what: str) -> Tensor:
 
 def select(t: Tensor, selection: Selection) -> Tensor:
     """Return a copy of ``t`` with only the selected positions, in the same memory format, without a graph."""
+    kept = {dim: index.to(t.device) for dim, index in selection.items() if len(index) < t.shape[dim]}
     selected = t.detach()
-    for dim, index in selection.items():
-        if len(index) < t.shape[dim]:
-            selected = selected.index_select(dim, index.to(t.device))
+    if kept.keys() == {0, 1} and t.numel() > _LARGE:
+        selected = selected[kept[0][:, None], kept[1]]
+    else:
+        for dim, index in kept.items():
+            selected = selected.index_select(dim, index)
     # An axis of length one shares its stride with another one, which comes first.
     in_memory = sorted(range(t.dim()), key=lambda d: (t.stride(d), t.shape[d], -d), reverse=True)
     if in_memory == sorted(in_memory) and selected.shape != t.shape:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
+import sys
+import types
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,6 +195,38 @@ def trace(
     return {False: programs[False]} if programs[True].same_as(programs[False], keeps_shape) else programs
 
 
+class _Unpacked:
+    """A value of tracing that knows into how many names the code takes it apart.
+
+    torch.fx disassembles the whole calling function each time to find that out; here it is done once.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        caller = sys._getframe(1)
+        number = _names_unpacked_into(caller.f_code, caller.f_lasti)
+        if number is None:
+            return self.tracer.iter(self)  # type: ignore[attr-defined, no-any-return]
+        return (self[i] for i in range(number))  # type: ignore[index]
+
+
+class _Proxy(_Unpacked, fx.Proxy):
+    """The result of an operation."""
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+
+class _Attribute(_Unpacked, fx.proxy.Attribute):
+    """An attribute of one, such as its shape."""
+
+
+@functools.lru_cache(4096)
+def _names_unpacked_into(code: types.CodeType, offset: int) -> int | None:
+    """How many names the instruction assigns the parts of a value to; None where it does something else."""
+    unpacking = (i for i in dis.get_instructions(code) if i.offset == offset and i.opname == "UNPACK_SEQUENCE")
+    return next((int(i.argval) for i in unpacking), None)
+
+
 _TRACE_ERRORS = (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError, LookupError)
 
 
@@ -216,6 +252,10 @@ class _Tracer(fx.Tracer):
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Make the value of an operation."""
+        return _Proxy(node, self)
+
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *others: Any, **options: Any) -> Any:
         """Hand out the parts of a tensor as a tuple where their number is written in the call that makes them."""
         proxy: Any = super().create_proxy(kind, target, args, kwargs, *others, **options)
@@ -227,9 +267,26 @@ class _Tracer(fx.Tracer):
         return parts
 
     def create_arg(self, a: Any) -> Any:
-        """Find a parameter or buffer by identity at once, rather than by a walk through the whole model each time."""
-        name = self._tensor_names.get(id(a)) if isinstance(a, Tensor) else None
+        """Find a tensor by identity at once, rather than by a walk through the whole model each time."""
+        if isinstance(a, fx.Proxy):  # as most are
+            return a.node
+        if not isinstance(a, Tensor):
+            return super().create_arg(a)
+        name = self._tensor_names.get(id(a)) or self.tensor_attrs.get(a)
+        if name is None and not isinstance(a, nn.Parameter):
+            name = self.tensor_attrs[a] = self.get_fresh_qualname("_tensor_constant")
+            setattr(self.root, name, a)
         return super().create_arg(a) if name is None else self.create_node("get_attr", name, (), {})
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """Find what the model's code reads of a module likewise."""
+        followed = isinstance(attr_val, Tensor if self.proxy_buffer_attributes else nn.Parameter)
+        name = self._tensor_names.get(id(attr_val)) if followed else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
         """Trace, and forget the parts that nothing reads."""

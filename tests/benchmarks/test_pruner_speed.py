@@ -32,6 +32,8 @@ def test_a_cut_is_measured_and_written_down_with_its_circumstances(tmp_path: Pat
     assert found["trains"] is True
     assert 0 < found["build"] < 100
     assert 0 < found["cut"] < 100
+    assert 0 < found["build_cpu"] < 100
+    assert 0 < found["cut_cpu"] < 100
     assert found["neurons"] == pytest.approx(0.5, abs=0.01)
     assert found["reach"] > 0.99
     assert 2.5 < found["parameters"] < 4.5  # the cut is even, and most parameters stand between two cut layers
@@ -59,7 +61,7 @@ def test_what_fails_is_reported_in_a_word_and_in_full(tmp_path: Path) -> None:
 
 
 def test_a_result_says_what_was_known_before_it_failed() -> None:
-    assert pruner_speed.cells({"build": 1.234, "error": "> 9 s"}) == ["1.23", "> 9 s", "", "", "", "", ""]
+    assert pruner_speed.cells({"build_cpu": 1.234, "error": "> 9 s"}) == ["1.23", "> 9 s", "", "", "", "", ""]
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, cut: Any) -> dict[str, Any]:

@@ -379,56 +379,7 @@ def test_mask_gradient_of_a_grouped_layer_is_zero_outside_the_group_that_attains
     assert torch.equal(by_group[1 - attains], torch.zeros_like(by_group[1 - attains]))
 
 
-# -------------------------------------------------------------------------------------------------- the true curvature
-
-
-def ggn_top_eigenvalue(model: nn.Module, weight: nn.Parameter, x: Tensor) -> Tensor:
-    """Largest eigenvalue of weight's block of the Gauss-Newton matrix of half the squared distance, by Jacobians."""
-    output = model(x)
-    rows = [torch.autograd.grad(o, weight, retain_graph=True)[0].flatten() for o in output.flatten()]
-    J = torch.stack(rows)
-    return torch.linalg.eigvalsh(J.T @ J / len(x))[-1]
-
-
-def true_fisher_radii(model: nn.Module, x: Tensor) -> dict[str, float]:
-    """rho_l with G over all unit label noises e_k instead of sampled ones: exact expectation for the Gaussian."""
-
-    def loss(output: Tensor) -> Tensor:
-        return output.sum()  # of a model with one output, whose noise has variance 1: g g^T is its expectation
-
-    tracker = RadiusTracker(model, layer_names(model), reduction="max", exact=True, seed=0)
-    tracker.measure((x,), {}, loss)
-    return {name: float(r) for name, r in tracker.radii.items()}
-
-
-def test_one_datum_makes_rho_the_exact_curvature_of_every_layer() -> None:
-    """With one example (and one position) the K-FAC block is the Gauss-Newton block itself."""
-    model = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)))
-    x, _ = batch(1, 4)
-    for name, seen in true_fisher_radii(model, x).items():
-        expected = float(ggn_top_eigenvalue(model, model.get_submodule(name).weight, x))
-        assert seen == pytest.approx(expected, rel=1e-9)
-
-
-def test_deep_linear_network_has_exact_blocks_on_any_batch() -> None:
-    """In a linear network the gradients do not depend on the data, so A and G are independent and K-FAC is exact."""
-    model = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 1)))
-    x, _ = batch(9, 4)
-    radii = true_fisher_radii(model, x)
-    assert len(radii) == 3
-    for name, seen in radii.items():
-        expected = float(ggn_top_eigenvalue(model, model.get_submodule(name).weight, x))
-        assert seen == pytest.approx(expected, rel=1e-9)
-
-
-def test_a_nonlinear_network_on_several_data_is_not_exact() -> None:
-    """The two tests above do not hold of everything."""
-    model = seeded(lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)))
-    with torch.no_grad():
-        model[0].weight.mul_(4)
-    x, _ = batch(9, 4)
-    exact = float(ggn_top_eigenvalue(model, model[0].weight, x))
-    assert true_fisher_radii(model, x)["0"] != pytest.approx(exact, rel=1e-3)
+# ---------------------------------------------------------------------------------------------- without an optimizer
 
 
 def test_spectral_radii_measures_with_the_sampled_fisher_and_changes_nothing() -> None:

@@ -367,3 +367,20 @@ def test_curvature_of_attention_follows_a_cut() -> None:
     step()
     assert set(optimizer.radii()) == set(before["radii"])
     assert {f"{name}.{part}" for part in PARTS} <= set(before["radii"])
+
+
+def test_curvature_of_attention_comes_back_when_a_cut_is_undone() -> None:
+    model = seeded(Cuttable, dtype=torch.float32)
+    x, y = batch(12, LENGTH, 4, dtype=torch.float32)
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.01), model, mu=0.1, every=100, reduction="sum")
+    pruner = NeuronPruner(model, optimizer, x, target=0.4, start=1, every=1, events=1, keep_removed=True)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["kfac_flat"])
+    assert pruner.step()
+    assert optimizer.state_dict()["kfac_flat"]["eigenvectors"]["attention.q_proj"]["G"].numel() < WIDTH
+    pruner.undo()
+    after = optimizer.state_dict()["kfac_flat"]
+    for name, vectors in before["eigenvectors"].items():
+        assert all(torch.equal(after["eigenvectors"][name][factor], v) for factor, v in vectors.items())
+    assert all(torch.equal(after["mask_terms"][name], term) for name, term in before["mask_terms"].items())

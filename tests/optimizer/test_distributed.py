@@ -191,3 +191,43 @@ def test_means_weigh_examples_and_keep_shape_and_dtype(run: RunInProcesses) -> N
         assert torch.allclose(found[1], torch.full((2, 2), 10 * weighted, dtype=torch.float64))
         assert found[2].shape == (0,)
         assert torch.allclose(found[3], torch.full((5,), 1 + weighted))
+
+
+def _sent(rank: int) -> list[int]:
+    """How many numbers each step sends, besides what DistributedDataParallel does."""
+    model = network()
+    forward = DistributedDataParallel(model)
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.05), forward, mu=0.3, every=2, survey_every=2)
+    sizes: list[int] = []
+    whole = dist.all_reduce
+
+    def counted(tensor: Tensor, **options: Any) -> Any:
+        sizes.append(tensor.numel())
+        return whole(tensor, **options)
+
+    per_step = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", counted)
+        for step in range(5):
+            _train_on(rank, forward, optimizer, range(step, step + 1))
+            per_step.append(sum(sizes))
+            sizes.clear()
+    return per_step
+
+
+def test_two_vectors_and_two_numbers_for_each_layer_are_sent_and_the_gradient_at_refreshes_alone(
+    run: RunInProcesses,
+) -> None:
+    model = network()
+    blocks = [(9 * 2, 4, 1), (9 * 2, 2, 2), (16, 6, 1), (6, 3, 1)]  # inputs and outputs of a factor, groups
+    gradient = sum(p.numel() for p in model.parameters())
+    vectors = [groups * (d_in + d_out) for d_in, d_out, groups in blocks]
+    values = [2 * groups for *_, groups in blocks]
+    survey = sum(vectors) + sum(values) + gradient + 3  # each message says how many examples it stems from
+    beginning = 20 * (sum(vectors) + 1) + sum(values) + 1  # power steps from random vectors
+    one_layer = {vector + value + gradient + 3 for vector, value in zip(vectors, values, strict=True)}
+    for first, second, third, fourth, fifth in run(_sent):
+        assert second == fourth == 0
+        assert first == beginning + survey
+        assert third in one_layer
+        assert fifth == survey

@@ -257,3 +257,33 @@ def test_out_of_memory_in_the_users_own_pass_is_the_users() -> None:
     model[2]._forward_hooks.clear()
     train(model, optimizer, 1)
     assert optimizer.rho > 0
+
+
+def hooked(model: nn.Module, layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def noisy(model: nn.Module, layer: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer.register_forward_hook(lambda module, inputs, output: output + torch.randn(output.shape, generator=generator))
+
+
+@pytest.mark.parametrize("change", [hooked, noisy])
+def test_outputs_that_the_twin_cannot_repeat_are_noticed_at_the_first_refresh(change: Any) -> None:
+    model = small_net()
+    change(model, model[0])
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, every=2)
+    with pytest.warns(UserWarning, match=r"gives another output than the model did \(the difference is \d+%"):
+        step(model, optimizer)
+    for _ in range(4):  # said once
+        step(model, optimizer)
+
+
+def test_hooks_that_only_look_are_no_reason_to_warn() -> None:
+    model, seen = small_net(), []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, every=2)
+    for _ in range(3):
+        step(model, optimizer)
+    assert len(seen) == 3
+    assert all(graph.output is None for graph in optimizer._calls.graphs)

@@ -123,6 +123,17 @@ def test_parameters_and_buffers_stay_the_same_objects_and_keep_the_kept_values()
     assert sum(t.numel() for t in after.values()) < sum(t.numel() for t in values.values())
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_tensor_so_large_that_both_axes_are_cut_at_once_keeps_the_same_entries(
+    memory_format: torch.memory_format,
+) -> None:
+    t = torch.randn(1100, 1000, 2, 2).to(memory_format=memory_format)
+    rows, columns = torch.arange(0, 1100, 3), torch.tensor([0, 1, 998])
+    selected = surgery.select(t, {0: rows, 1: columns})
+    assert torch.equal(selected, torch.stack([torch.stack([t[i, j] for j in columns]) for i in rows]))
+    assert selected.is_contiguous(memory_format=memory_format)
+
+
 def test_module_attributes_say_the_new_widths() -> None:
     for name in ("residual", "depthwise_multiplier", "grouped", "conv1d", "batchnorm1d"):
         model, _, pruner, _, _ = setup(name)

@@ -1,0 +1,48 @@
+"""The benchmark of a step's cost, on one small network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import step_cost
+
+
+def measured(folder: Path, *arguments: Any) -> dict[str, Any]:
+    step_cost.main(["--batch-size", "8", "--repetitions", "1", "--out", str(folder), *map(str, arguments)])
+    found: dict[str, Any] = json.loads((folder / "cpu.json").read_text())
+    return found
+
+
+def test_every_row_and_schedule_is_told_with_how_it_was_made(tmp_path: Path) -> None:
+    found = measured(tmp_path, "--models", "mlp", "--no-memory")
+    ratios = found["results"]["mlp"]["time"]
+    assert ratios.keys() == {*step_cost.ROWS, *step_cost.SCHEDULES}
+    assert ratios[step_cost.BARE] == 1
+    assert all(ratio > 0 for ratio in ratios.values())
+    assert found["command"].startswith("python -m benchmarks.step_cost --batch-size 8")
+    assert "BackPACK's KFAC and eigh" in (tmp_path / "cpu.txt").read_text()
+
+
+def test_rows_that_cannot_train_a_network_are_left_out(tmp_path: Path) -> None:
+    found = measured(tmp_path, "--widths", "4", "--no-memory")["results"]["width 4"]["time"]
+    assert "BackPACK's KFAC and eigh" not in found  # it knows of no BatchNorm
+    assert "SAM" in found
+
+
+def test_a_schedule_costs_the_mean_of_its_steps() -> None:
+    ratios = {"between refreshes": 1.0, "refresh, half batch": 2.0, "survey, half batch": 4.0}
+    steps = [4.0, 1, 2.0, 1, 2.0, 1]  # a refresh every other step, each third one a survey
+    assert step_cost.per_step(ratios, every=2, survey_every=3, part="half") == pytest.approx(sum(steps) / 6)
+
+
+def test_peak_memory_counts_what_the_optimizer_adds(tmp_path: Path) -> None:
+    options = step_cost.parse(["--batch-size", "8", "--models", "mlp"])
+    bare, exact = (
+        step_cost.memory_in_fresh_process("mlp", row, options)
+        for row in (step_cost.BARE, "exact factors and eigh, full batch")
+    )
+    parameters = 4 * (784 * 512 + 512 * 512 + 512 * 10) / 2**20
+    assert bare > 2.5 * parameters  # weights, gradients, momentum
+    assert exact > bare + 4 * 784**2 / 2**20  # a factor of its first layer
