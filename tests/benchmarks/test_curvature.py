@@ -90,12 +90,12 @@ def record(setting: str, seed: int, rho: float, squared_norm: float) -> dict[str
 
 def test_what_the_length_takes_from_rho_is_told_apart_from_the_rest(tmp_path: Path) -> None:
     runs = [record("sgd", 0, 4.0, 10.0), record("sgd", 1, 2.0, 10.0)]
-    runs += [record("flat", 0, 1.0, 20.0), record("flat", 1, 0.5, 20.0)]  # a quarter of rho, twice the squared length
-    assert curvature_page.growth(runs, "flat") == {"squared_norm": [2.0, 2.0], "expected_rho": [0.25, 0.25]}
-    assert list(curvature_page.growths(runs))[-1] == "| flat | 2.00 | 0.50 | 0.25 | 0.50 |"
+    runs += [record("flat", 0, 1.0, 20.0), record("flat", 1, 0.5, 28.8)]
+    assert curvature_page.growth(runs, "flat") == [pytest.approx((2, 0.25)), pytest.approx((2.88, 0.25))]
+    cells = list(curvature_page.growths(runs))[-1].split(" | ")
+    assert cells[1:] == ["2.40 (2.00 to 2.88)", "0.42 (0.35 to 0.50)", "0.25 (0.25 to 0.25)", "0.60 (0.50 to 0.72) |"]
     (words,) = curvature_page.growth_in_words(runs)
-    assert "2 of 2 weights are longer" in words
-    assert "log rho changes by -1.39: -0.69 by the length, -0.69 beside it" in words
+    assert "log rho changes by -1.39: -0.88 by the length, -0.51 beside it" in words
 
 
 def test_agreement_is_told_layer_by_layer_and_for_the_largest_rho() -> None:
@@ -103,7 +103,9 @@ def test_agreement_is_told_layer_by_layer_and_for_the_largest_rho() -> None:
     rows = {line.split(" | ")[0].strip("| "): line for line in curvature_page.agreement(runs)}
     assert rows["conv"].startswith("| conv | 0.5 (0.5 to 0.5) | 0.5 (0.5 to 0.5) |")
     assert rows["head"].startswith("| head | 9 (9 to 9) | 8 (8 to 8) |")
-    assert rows["largest rho, whole network"].startswith("| largest rho, whole network | 0.45 (0.45 to 0.45) | 0.4 ")
+    largest, total = (next(row for name, row in rows.items() if name.startswith(of)) for of in ("max of", "sum of"))
+    assert " | 0.45 (0.45 to 0.45) | 0.4 (0.4 to 0.4) | " in largest
+    assert " | 0.6 (0.55 to 0.65) | 0.55 (0.5 to 0.6) | " in total
     assert "in 50%" in curvature_page.agreement_in_words(runs)  # the head is off by more than 5
 
 
