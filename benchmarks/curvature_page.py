@@ -20,11 +20,15 @@ PREFACE = """\
 Written by `python -m benchmarks.curvature --report` from the runs of `python -m benchmarks.curvature`.
 
 - rho: lambda_max(A) lambda_max(G) of a layer, with one drawn label per image as the penalty has it; *expected* rho has
-  all labels with their probabilities instead, which takes as many passes as there are classes.
+  all labels with their probabilities instead, which takes as many passes as there are classes. When a network is sure,
+  nearly all of the curvature is that of labels that are hardly ever drawn: most draws then show too little.
 - GGN, Hessian: their largest eigenvalue, by Lanczos iteration on the same images, of a layer's weight alone or of all
   parameters. The GGN is what A (x) G approximates. Where a network is piecewise linear (ReLU, no BatchNorm), a layer's
-  block of the Hessian IS that of the GGN.
-- All are taken in training mode, on the same 32 training images at each stop.
+  block of the Hessian IS that of the GGN. For a convolution A (x) G takes the gradients at its positions to be
+  uncorrelated; where they agree, the true curvature is larger, up to as many times as there are positions.
+- All are taken in training mode, on the same 32 training images at each stop; labels are drawn with the same random
+  numbers, so that one lucky draw may last.
+- The largest eigenvalue of all parameters' GGN lies between the largest of those of its blocks and their sum.
 - Sharpness: mean rise of the loss on these images in eval mode when all weights of layers are multiplied by 1 plus
   normal noise of 0.1.
 """
@@ -50,9 +54,9 @@ def correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def largest_rho(measured: Record, kind: str = "expected_rho") -> float:
-    """Return rho of the network, the maximum over its layers."""
-    return max(layer[kind] for layer in measured["layers"].values())
+def largest_rho(measured: Record) -> float:
+    """Return expected rho of the network, the maximum over its layers."""
+    return max(layer["expected_rho"] for layer in measured["layers"].values())
 
 
 def measurements(runs: Iterable[Record]) -> list[Record]:
@@ -60,16 +64,21 @@ def measurements(runs: Iterable[Record]) -> list[Record]:
     return [measured for r in runs for measured in r["measured"]]
 
 
-def growth(runs: Sequence[Record], setting: str) -> dict[str, list[float]]:
-    """Factors by which squared length and expected rho of layers differ from SGD's at the end, same layer and seed."""
+def growth(runs: Sequence[Record], setting: str) -> list[tuple[float, float]]:
+    """Factors by which squared length and expected rho differ from SGD's at the end, one pair for each seed.
+
+    Geometric means over the layers in front of BatchNorm.
+    """
     reference = {r["seed"]: r["measured"][-1]["layers"] for r in runs if r["setting"] == SGD}
-    factors: dict[str, list[float]] = {"squared_norm": [], "expected_rho": []}
+    factors = []
     for r in runs:
-        if r["setting"] == setting and r["seed"] in reference:
-            for name in r["invariant"]:
-                for kind, values in factors.items():
-                    own = r["measured"][-1]["layers"][name][kind]
-                    values.append(own / reference[r["seed"]][name][kind])
+        if r["setting"] == setting != SGD and r["seed"] in reference and r["invariant"]:
+            own, other = r["measured"][-1]["layers"], reference[r["seed"]]
+            length, rho = (
+                geometric_mean([own[name][kind] / other[name][kind] for name in r["invariant"]])
+                for kind in ("squared_norm", "expected_rho")
+            )
+            factors.append((length, rho))
     return factors
 
 
@@ -81,9 +90,15 @@ def agreement(runs: Sequence[Record]) -> Iterator[str]:
     found = measurements(runs)
     layers = {name: [at["layers"][name] for at in found] for name in found[0]["layers"]}
     together = [layer for own in layers.values() for layer in own]
-    network = [{kind: largest_rho(at, kind) for kind in ("rho", "expected_rho")} | at for at in found]
+    radii = [{kind: [w[kind] for w in at["layers"].values()] for kind in ("rho", "expected_rho")} for at in found]
+    networks = {
+        f"{of.__name__} of layers, all parameters": [
+            {kind: of(values) for kind, values in own.items()} | at for own, at in zip(radii, found, strict=True)
+        ]
+        for of in (max, sum)
+    }
     header = ["", "rho / GGN", "expected rho / GGN", "rho, GGN", "expected rho, GGN", "expected rho, Hessian"]
-    rows = {**layers, "all layers": together, "largest rho, whole network": network}
+    rows = {**layers, "all layers": together, **networks}
     yield from table(header, ([name, *_agreement(own)] for name, own in rows.items()))
 
 
@@ -120,18 +135,16 @@ def growths(runs: Sequence[Record]) -> Iterator[str]:
     """Write how lengths and radii differ from SGD's in front of BatchNorm."""
     rows = []
     for setting in settings_of(runs):
-        factors = growth(runs, setting)
-        if setting != SGD and factors["expected_rho"]:
-            length, rho = (geometric_mean(factors[kind]) for kind in ("squared_norm", "expected_rho"))
-            rows.append([setting, *(f"{x:.2f}" for x in (length, 1 / length, rho, rho * length))])
-    header = [
-        "setting",
-        "squared length",
-        "effective learning rate",
-        "expected rho",
-        "expected rho times squared length",
-    ]
+        if found := growth(runs, setting):
+            lengths, radii = zip(*found, strict=True)
+            relative = [length * rho for length, rho in found]
+            rows.append([setting, *map(_over_seeds, (lengths, [1 / x for x in lengths], radii, relative))])
+    header = ["setting", "squared length", "effective learning rate", "expected rho", "rho times squared length"]
     yield from table(header, rows)
+
+
+def _over_seeds(factors: Sequence[float]) -> str:
+    return f"{geometric_mean(factors):.2f} ({min(factors):.2f} to {max(factors):.2f})"
 
 
 # ---------------------------------------------------------------- what they say
@@ -140,25 +153,23 @@ def growths(runs: Sequence[Record]) -> Iterator[str]:
 def agreement_in_words(runs: Sequence[Record]) -> str:
     """Say how closely rho follows the curvature."""
     found = [layer for at in measurements(runs) for layer in at["layers"].values()]
-    inside = mean(0.2 <= layer["expected_rho"] / layer["ggn"] <= 5 for layer in found)
-    noisy = mean(0.2 <= layer["rho"] / layer["ggn"] <= 5 for layer in found)
+    expected, drawn = (mean(0.2 <= w[kind] / w["ggn"] <= 5 for w in found) for kind in ("expected_rho", "rho"))
+    last = sorted(w["rho"] / w["expected_rho"] for r in runs for w in r["measured"][-1]["layers"].values())
     return (
         f"Over {len(found)} measurements of layers, expected rho is within a factor of 5 of the GGN's top eigenvalue "
-        f"in {inside:.0%}, rho with drawn labels in {noisy:.0%}. Correlations below are of ranks."
+        f"in {expected:.0%}, rho with drawn labels in {drawn:.0%}. At the end of training drawn labels show "
+        f"{median(last):.2g} ({last[0]:.2g} to {last[-1]:.2g}) of expected rho. In the table ratios are medians with "
+        "their range, correlations those of ranks."
     )
 
 
 def growth_in_words(runs: Sequence[Record]) -> Iterator[str]:
     """Say which part of a change of rho is due to the length of the weights."""
     for setting in settings_of(runs):
-        factors = growth(runs, setting)
-        if setting != SGD and factors["expected_rho"]:
-            length, rho = (math.log(geometric_mean(factors[kind])) for kind in ("squared_norm", "expected_rho"))
-            longer = sum(f > 1 for f in factors["squared_norm"])
-            yield (
-                f"- `{setting}`: {longer} of {len(factors['squared_norm'])} weights are longer than under SGD. "
-                f"log rho changes by {rho:+.2f}: {-length:+.2f} by the length, {rho + length:+.2f} beside it."
-            )
+        if found := growth(runs, setting):
+            length, rho = (math.log(geometric_mean(factors)) for factors in zip(*found, strict=True))
+            parts = f"{-length:+.2f} by the length, {rho + length:+.2f} beside it"
+            yield f"- `{setting}`: log rho changes by {rho:+.2f}: {parts}."
 
 
 # ---------------------------------------------------------------- pictures
@@ -170,14 +181,14 @@ def draw_layers(run: Record, path: Path, title: str) -> None:
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3 * columns, 2.6 * rows + 0.6), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     epochs = [at["epoch"] for at in run["measured"]]
     for name, axes in zip(names, panels, strict=False):
         for kind, colour in COLOURS.items():
             style = ":" if kind == "rho" else "--" if kind == "hessian" else "-"
             axes.plot(epochs, [at["layers"][name][kind] for at in run["measured"]], style, color=colour)
         axes.set(title=name, xlabel="epoch", yscale="log")
-    for axes in list(panels)[len(names) :]:
+    for axes in panels[len(names) :]:
         axes.set_visible(False)
     first = figure.axes[0]
     figure.legend(first.lines, list(LABELS.values()), loc="outside upper center", ncols=4, frameon=False)
@@ -212,7 +223,7 @@ def draw_settings(runs: Sequence[Record], path: Path) -> None:
             stops = [mean(of(at) for at in same) for same in zip(*own, strict=True)]
             axes.plot([at["epoch"] for at in own[0]], stops, color=f"C{i}", label=setting)
         axes.set_title(title, fontsize=10)
-        axes.set(xlabel="epoch", yscale="log")
+        axes.set(xlabel="epoch", yscale="linear" if title == "sharpness" else "log")  # which may be negative
     first = figure.axes[0]
     figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
