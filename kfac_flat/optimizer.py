@@ -120,19 +120,20 @@ class FlatKFAC(OptimizerWrapper):
         batch_fraction: Share of the batch, in (0, 1], that it is computed on; at least two examples. Gradients that
             accumulate are those of one batch, of all examples since they were cleared; where these do not fit
             together, as images of different sizes, it is the last micro-batch. Dropout falls as on a single batch.
-        fisher: ``"sampled"``: labels drawn from the model's own prediction (the true Fisher); ``"empirical"``: the
-            batch's labels, as remembered by a hook on ``criterion``.
+        fisher: ``"sampled"``: the true Fisher, whose labels are the model's own prediction, by one random combination
+            of their gradients per example (see ``kfac_flat.likelihood``); ``"empirical"``: the batch's labels, as
+            remembered by a hook on ``criterion``.
         criterion: The loss module called in the training loop as ``criterion(model(x), y)``; for
             ``fisher="empirical"`` only.
-        likelihood: What the model's output means when labels are drawn: ``"categorical"`` logits ``[N, classes, ...]``,
-            ``"gaussian"`` means, ``"bernoulli"`` logits, or a callable ``(output, generator)`` that returns the
-            negative log-likelihoods ``[N]`` at labels it draws.
+        likelihood: What the model's output means for the true Fisher: ``"categorical"`` logits ``[N, classes, ...]``,
+            ``"gaussian"`` means, ``"bernoulli"`` logits, or a callable ``(output, generator)`` that returns losses
+            ``[N]`` whose gradients have the Fisher for covariance, as negative log-likelihoods at drawn labels do.
         reduction: ``"max"`` over layers as in the paper, or ``"sum"``.
         layers: Restrict to these layers: names (shell patterns allowed) or classes.
         eigenpairs: ``"streaming"``, or ``"exact"`` to form and decompose the factors at each refresh.
         clip: Bound on the norm of the penalty's gradient, relative to that of the loss; None for no bound. With
             ``every=1, survey_every=1, batch_fraction=1, clip=None`` the penalty is the paper's plain one.
-        seed: Of the drawn labels and the starting vectors. torch's global generators are never touched.
+        seed: Of the true Fisher's random signs and the starting vectors. torch's global generators are never touched.
 
     Raises:
         TypeError: if ``optimizer`` is no optimizer instance or ``model`` no module.
@@ -194,7 +195,7 @@ class FlatKFAC(OptimizerWrapper):
             self._inner, names, reduction=reduction, exact=eigenpairs == "exact", seed=seed, average=average
         )
         self._steps = 0
-        self._labels = torch.Generator()  # of the refresh under way
+        self._draws = torch.Generator()  # of the refresh under way
         self._penalty: dict[nn.Parameter, Tensor] | None = None  # its gradient, once computed
         self._mask_terms: dict[str, Tensor] = {}
         self._penalty_norm = torch.tensor(0.0)
@@ -301,7 +302,7 @@ class FlatKFAC(OptimizerWrapper):
             self._penalty, self._mask_terms = None, {}
             self._forget_calls()
             return
-        self._labels = self._label_generator()
+        self._draws = self._draw_generator()
         try:
             gradient = self._rho_gradient(call, parameters)
         except torch.OutOfMemoryError as error:
@@ -394,14 +395,14 @@ class FlatKFAC(OptimizerWrapper):
             )
 
     def _sampled_loss(self, output: Any) -> Tensor:
-        """Sum of the negative log-likelihoods at labels drawn from the model's own prediction."""
+        """Sum of the losses whose gradients have the true Fisher for covariance."""
         if not isinstance(output, Tensor) and isinstance(self._options.likelihood, str):
             raise TypeError(
                 f"the model returns a {type(output).__name__}, so FlatKFAC cannot tell which part of it is the "
                 "prediction: give likelihood= a callable (output, generator) -> negative log-likelihoods [N], for "
                 "example lambda output, generator: kfac_flat.likelihood.categorical(output.logits, generator)"
             )
-        losses = self._likelihood(output, self._labels)
+        losses = self._likelihood(output, self._draws)
         if losses.dim() != 1:
             raise ValueError(f"likelihood must return one loss per example, [N], not {list(losses.shape)}")
         return losses.sum()
@@ -430,8 +431,8 @@ class FlatKFAC(OptimizerWrapper):
         repeated = call.with_other_output(criterion, examples)
         return lambda output: repeated(output).sum() * factor
 
-    def _label_generator(self) -> torch.Generator:
-        """Make the generator of one refresh: other labels at each and in each process, alike whenever it is resumed."""
+    def _draw_generator(self) -> torch.Generator:
+        """Make the generator of one refresh: other draws at each and in each process, alike whenever it is resumed."""
         device = next(self._inner.parameters()).device
         # Far-apart multiples, so that no seed's refresh meets another's.
         number = self._options.seed * 1_000_003 + self._steps * 7_368_787 + rank() * 2_147_483_647

@@ -1,8 +1,13 @@
-"""Losses whose labels come from the model itself: the true Fisher needs gradients at sampled labels, not at the data's.
+"""Losses for the true Fisher, whose labels would come from the model's own prediction and not from the data.
 
-Each function takes the model's output ``[N, ...]`` and a random generator on its device, draws one label per
-prediction from the distribution that the output describes, and returns the negative log-likelihoods of the N examples,
-``[N]``, differentiable in the output [Martens & Grosse 2015, section 2].
+The Fisher is the covariance of the gradient at such labels [Martens & Grosse 2015, section 2]. To draw one label per
+prediction tells little of it once a model is confident: nearly all draws give a gradient close to zero, and a rare one
+gives all the rest. So instead of choosing between the labels' gradients g_k, of probability p_k, these functions add
+them up with random signs, sum_k +-sqrt(p_k) g_k, which has the same covariance, sum_k p_k g_k g_k^T, and no rare draws.
+
+Each takes the model's output ``[N, ...]`` and a random generator on its device, and returns a loss for each of the N
+examples, ``[N]``, of which only the gradient at the output means something. To autograd that gradient is a constant,
+so the curvature changes with the network in front of its output, and not by the output's growing confidence.
 """
 
 from __future__ import annotations
@@ -11,13 +16,15 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 Likelihood = Callable[[Tensor, torch.Generator], Tensor]
 
 
 def categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Softmax cross-entropy; classes on axis 1 as in ``nn.CrossEntropyLoss``, further axes averaged as it does."""
+    """Softmax cross-entropy; classes on axis 1 as in ``nn.CrossEntropyLoss``, further axes averaged as it does.
+
+    The gradients at the labels are ``p - e_k``, p the probabilities.
+    """
     if logits.dim() < 2:
         raise ValueError(
             f'likelihood="categorical" needs logits of shape [N, classes, ...], not {list(logits.shape)}; '
@@ -29,26 +36,31 @@ def categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
             'likelihood="bernoulli", for regression likelihood="gaussian"'
         )
     logits = _at_least_float32(logits)
-    with torch.no_grad():  # Gumbel-max: argmax of log-probability plus Gumbel noise, no host synchronisation
-        labels = (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(1)
-    return _per_example(F.cross_entropy(logits, labels, reduction="none")).mean(1)
+    with torch.no_grad():
+        p = logits.softmax(1)
+        signed = p.sqrt() * _signs(p, generator)
+        gradient = p * signed.sum(1, keepdim=True) - signed
+    return _per_example((gradient * logits).sum(1)).mean(1)
 
 
 def gaussian(mean: Tensor, generator: torch.Generator) -> Tensor:
-    """Half the squared distance to a draw from a Gaussian of unit variance around the output, summed over its axes."""
+    """Half the squared distance to a Gaussian label of unit variance around the output, summed over its axes."""
     mean = _at_least_float32(mean)
     with torch.no_grad():
-        labels = mean + torch.empty_like(mean).normal_(generator=generator)
-    return _per_example(0.5 * (mean - labels).square()).sum(1)
+        gradient = _signs(mean, generator)
+    return _per_example(gradient * mean).sum(1)
 
 
 def bernoulli(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Binary cross-entropy of independent logits, summed over the output's axes."""
+    """Binary cross-entropy of independent logits, summed over the output's axes.
+
+    The two gradients of a logit are one number but for a factor, so that its variance p (1 - p) comes out exactly.
+    """
     logits = _at_least_float32(logits)
     with torch.no_grad():
-        uniform = torch.empty_like(logits).uniform_(generator=generator)
-        labels = (uniform < logits.sigmoid()).to(logits.dtype)
-    return _per_example(F.binary_cross_entropy_with_logits(logits, labels, reduction="none")).sum(1)
+        p = logits.sigmoid()
+        gradient = (p * (1 - p)).sqrt() * _signs(p, generator)
+    return _per_example(gradient * logits).sum(1)
 
 
 LIKELIHOODS: dict[str, Likelihood] = {"categorical": categorical, "gaussian": gaussian, "bernoulli": bernoulli}
@@ -65,13 +77,18 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
     if likelihood not in LIKELIHOODS:
         raise ValueError(
             f"likelihood {likelihood!r} is unknown: choose one of {sorted(LIKELIHOODS)} or give a callable "
-            "(output, generator) -> negative log-likelihoods [N] at labels it draws itself"
+            "(output, generator) -> losses [N], such as negative log-likelihoods at labels it draws itself"
         )
     return LIKELIHOODS[likelihood]
 
 
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw -1 or 1 for each entry."""
+    return torch.empty_like(like).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+
 def _at_least_float32(output: Tensor) -> Tensor:
-    """In half precision, labels drawn would not follow the distribution that the output describes."""
+    """In half precision, small probabilities would be lost."""
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 

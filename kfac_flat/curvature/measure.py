@@ -32,7 +32,7 @@ def spectral_radii(
         likelihood: What its output means, as for :class:`FlatKFAC`.
         layers: Names (shell patterns allowed) or classes to restrict to.
         exact: Form and decompose the factors instead of 100 steps of power iteration.
-        seed: Of the drawn labels and the starting vectors.
+        seed: Of the true Fisher's random signs and the starting vectors.
 
     Returns:
         lambda_max(A_l) lambda_max(G_l) by module name.

@@ -197,7 +197,9 @@ def _sent(rank: int) -> list[int]:
     """How many numbers each step sends, besides what DistributedDataParallel does."""
     model = network()
     forward = DistributedDataParallel(model)
-    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.05), forward, mu=0.3, every=2, survey_every=2)
+    criterion = nn.CrossEntropyLoss()
+    options: dict[str, Any] = {"every": 2, "survey_every": 2, "fisher": "empirical", "criterion": criterion}
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.05), forward, mu=0.3, **options)
     sizes: list[int] = []
     whole = dist.all_reduce
 
@@ -209,7 +211,10 @@ def _sent(rank: int) -> list[int]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", counted)
         for step in range(5):
-            _train_on(rank, forward, optimizer, range(step, step + 1))
+            x, y = part(*batch(8, 2, 7, 7, seed=step), rank, (4, 4))
+            optimizer.zero_grad()
+            criterion(forward(x), y).backward()
+            optimizer.step()
             per_step.append(sum(sizes))
             sizes.clear()
     return per_step

@@ -223,7 +223,7 @@ def test_a_callable_likelihood_supplies_the_labels() -> None:
 
 
 @pytest.mark.parametrize(("likelihood", "outputs"), [("categorical", 3), ("gaussian", 2), ("bernoulli", 1)])
-def test_sampled_labels_give_a_reproducible_penalty_whose_radius_fits_the_true_fisher(
+def test_random_signs_give_a_reproducible_penalty_whose_radius_fits_the_true_fisher(
     likelihood: str, outputs: int
 ) -> None:
     """On the last layer: g has the likelihood's Fisher as covariance, averaged over the batch."""
@@ -247,7 +247,8 @@ def test_sampled_labels_give_a_reproducible_penalty_whose_radius_fits_the_true_f
         assert optimizer.rho == pytest.approx(float(expected), rel=0.15)
         assert all(d.isfinite().all() for d in added[-1])
     assert all(torch.equal(d, e) for d, e in zip(added[0], added[1], strict=True))
-    assert any(not torch.allclose(d, e) for d, e in zip(added[0], added[2], strict=True))
+    differs = any(not torch.allclose(d, e) for d, e in zip(added[0], added[2], strict=True))
+    assert differs == (outputs > 1)  # the signs of a single logit do not matter
 
 
 # -------------------------------------------------------------------------------------------------- how often, how much
