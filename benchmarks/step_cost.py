@@ -133,6 +133,7 @@ ROWS: dict[str, Make] = {
     "survey, half batch": flat(every=1, survey_every=1, batch_fraction=0.5),
     "refresh, full batch": flat(every=1, survey_every=NEVER, batch_fraction=1.0),
     "survey, full batch": flat(every=1, survey_every=1, batch_fraction=1.0),
+    "sum over layers, half batch": flat(every=1, reduction="sum", batch_fraction=0.5),
     EXACT: flat(every=1, survey_every=1, batch_fraction=1.0, eigenpairs="exact"),
     "SAM": with_sam,
     "Hessian, 10 products": with_hessian,
