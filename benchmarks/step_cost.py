@@ -116,8 +116,11 @@ def with_factors(model: nn.Module) -> Optimizer:
     def decompose(*_: Any) -> None:
         extended.load_state_dict(model.state_dict())
         labels = torch.zeros(len(inputs[0]), dtype=torch.long, device=inputs[0].device)
-        with backpack(KFAC()), quiet_hooks():
-            loss(extended(inputs[0]), labels).backward()
+        try:
+            with backpack(KFAC()), quiet_hooks():
+                loss(extended(inputs[0]), labels).backward()
+        except RuntimeError as error:  # its hooks forbid in-place operations, and it knows few kinds of layers
+            raise NotImplementedError(str(error)) from error
         for p in extended.parameters():
             for factor in p.kfac:  # type: ignore[attr-defined]
                 torch.linalg.eigh(factor)
