@@ -24,6 +24,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Return the number of processes in a group, None for the default one; 1 where there is none."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
 def mean_over_processes(
     tensors: Sequence[Tensor], examples: int, group: dist.ProcessGroup | None = None
 ) -> list[Tensor]:
@@ -38,15 +43,16 @@ def mean_over_processes(
         >>> mean_over_processes([torch.tensor([1.0, 2.0])], examples=16)
         [tensor([1., 2.])]
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+    if world_size(group) == 1:
         return list(tensors)
     averaged: list[Tensor] = []
     for bucket in _buckets(tensors):
-        weight = torch.full((1,), float(examples), dtype=bucket[0].dtype, device=bucket[0].device)
+        dtype = torch.promote_types(bucket[0].dtype, torch.float32)  # sums over examples do not fit in half precision
+        weight = torch.full((1,), float(examples), dtype=dtype, device=bucket[0].device)
         flat = torch.cat([*(t.reshape(-1) * weight for t in bucket), weight])
         dist.all_reduce(flat, group=group)
         parts = torch.split(flat[:-1] / flat[-1], [t.numel() for t in bucket])
-        averaged += [part.view(t.shape) for part, t in zip(parts, bucket, strict=True)]
+        averaged += [part.view(t.shape).to(t.dtype) for part, t in zip(parts, bucket, strict=True)]
     return averaged
 
 

@@ -53,6 +53,11 @@ def batch_size(value: Any) -> int:
     return 0
 
 
+def lengths(value: Any) -> tuple[int, ...]:
+    """Length of the first axis of every tensor that has one, in order."""
+    return tuple(len(t) for t in tensors(value) if t.dim())
+
+
 def holds_packed(value: Any) -> bool:
     """Tell whether there are packed sequences among the tensors."""
     return any(isinstance(t, PackedSequence) for t in tensors(value, packed=True))

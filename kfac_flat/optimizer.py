@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from kfac_flat.attention import kept_by_projections
-from kfac_flat.averaging import mean_over_processes, processes, rank
+from kfac_flat.averaging import mean_over_processes, processes, rank, world_size
 from kfac_flat.changes import Change, setting
 from kfac_flat.curvature.likelihood import Likelihood, resolve
 from kfac_flat.curvature.tracker import HostCopy, RadiusGradient, RadiusTracker
@@ -64,6 +64,8 @@ class _Options:
                 raise ValueError(f"{name}={value!r} must be a whole number of {unit}, at least 1")
         if not _is_number(self.batch_fraction, 0, 1 + 1e-12) or not self.batch_fraction:
             raise ValueError(f"batch_fraction={self.batch_fraction!r} must lie in (0, 1]")
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r} must be a whole number")
         if self.clip is not None and not (_is_number(self.clip, 0, math.inf) and self.clip):
             raise ValueError(f"clip={self.clip!r} must be positive, or None for no bound")
 
@@ -80,6 +82,9 @@ _CHOICES = {
     "eigenpairs": ("streaming", "exact"),
 }
 
+
+# What a model raises that does not run on the examples it is given.
+_CANNOT_RUN = (RuntimeError, ValueError, TypeError, LookupError)
 
 # Precision, compiled code and other kernels change an output by less, relative to its norm.
 _DIFFERENT = 0.05
@@ -116,10 +121,13 @@ class FlatKFAC(OptimizerWrapper):
         penalty: ``"linear"``, mu * max(0, rho - K) as in the paper, or ``"log"``, mu * max(0, log rho - log K), whose
             gradient mu * grad rho / rho does not depend on the scale of rho, so that one mu serves many networks.
         every: Steps from one computation of the penalty's gradient to the next, a refresh.
-        survey_every: Refreshes from one look at all layers, to see which attains the maximum, to the next.
-        batch_fraction: Share of the batch, in (0, 1], that it is computed on; at least two examples. Gradients that
-            accumulate are those of one batch, of all examples since they were cleared; where these do not fit
-            together, as images of different sizes, it is the last micro-batch. Dropout falls as on a single batch.
+        survey_every: Refreshes from one look at all layers, to see which attains the maximum, to the next. There is one
+            as well when the penalty comes back after steps without.
+        batch_fraction: Share of the batch, in (0, 1], that it is computed on; at least two examples, counted along the
+            first axis of the model's arguments; where its output shows that this is another one, all of them, with a
+            warning. Gradients that accumulate are those of one batch, of all examples since they were cleared; where
+            these do not fit together, as images of different sizes, it is the last micro-batch. Dropout falls as on a
+            single batch.
         fisher: ``"sampled"``: the true Fisher, whose labels are the model's own prediction, by one random combination
             of their gradients per example (see ``kfac_flat.likelihood``); ``"empirical"``: the batch's labels, as
             remembered by a hook on ``criterion``.
@@ -195,7 +203,6 @@ class FlatKFAC(OptimizerWrapper):
             self._inner, names, reduction=reduction, exact=eigenpairs == "exact", seed=seed, average=average
         )
         self._steps = 0
-        self._draws = torch.Generator()  # of the refresh under way
         self._penalty: dict[nn.Parameter, Tensor] | None = None  # its gradient, once computed
         self._mask_terms: dict[str, Tensor] = {}
         self._penalty_norm = torch.tensor(0.0)
@@ -217,7 +224,7 @@ class FlatKFAC(OptimizerWrapper):
 
     @property
     def rho(self) -> float:
-        """The radius that the penalty acts on, as last computed; NaN before. Reading it waits for the device."""
+        """rho, from each layer's radius as last computed; NaN before. Reading it waits for the device."""
         rho = self._tracker.rho()
         return math.nan if rho is None else float(rho)
 
@@ -244,7 +251,8 @@ class FlatKFAC(OptimizerWrapper):
         terms: dict[nn.Parameter, Tensor] = {}
         for name, term in self._mask_terms.items():
             weight = weight_of(self._inner, name)
-            terms[weight] = term * self._factor + terms.get(weight, 0.0)  # layers may share a weight
+            if weight is not None:
+                terms[weight] = term * self._factor + terms.get(weight, 0.0)  # layers may share a weight
         return terms
 
     def penalty_gradients(self) -> dict[nn.Parameter, Tensor]:
@@ -302,17 +310,19 @@ class FlatKFAC(OptimizerWrapper):
             self._penalty, self._mask_terms = None, {}
             self._forget_calls()
             return
-        self._draws = self._draw_generator()
         try:
             gradient = self._rho_gradient(call, parameters)
+            self._compare_outputs()
         except torch.OutOfMemoryError as error:
+            if world_size(processes(self.model)) > 1:
+                raise  # the others wait for what this process cannot send
             self._penalty, self._mask_terms = {}, {}  # until the next refresh
             self._forget_calls()
             _warn_of_memory(error, call.batch_size, self._options.batch_fraction)
             return
-        self._compare_outputs()
         self._forget_calls()
-        weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
+        others = self._weight({}, gradient.rho)
+        weights: dict[nn.Parameter | None, Tensor] = {**self._weights(gradient.rho)}
         found = {p: weights[p] * g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
         self._penalty_norm = get_total_norm(list(found.values())).to(gradient.rho.device)
         finite = self._penalty_norm.isfinite()
@@ -351,12 +361,22 @@ class FlatKFAC(OptimizerWrapper):
         return slope / rho.clamp(min=torch.finfo(rho.dtype).tiny) if self._options.penalty == "log" else slope
 
     def _rho_gradient(self, call: RecordedCall, parameters: list[nn.Parameter]) -> RadiusGradient:
+        """Differentiate rho on a batch, or on the last of its micro-batches where the model does not run on all."""
+        try:
+            return self._rho_gradient_on_share(call, parameters)
+        except _CANNOT_RUN as error:
+            alone = self._calls.last_alone()
+            if alone is None or alone is call or isinstance(error, torch.OutOfMemoryError):
+                raise
+            return self._rho_gradient_on_share(alone, parameters)
+
+    def _rho_gradient_on_share(self, call: RecordedCall, parameters: list[nn.Parameter]) -> RadiusGradient:
         """Differentiate rho on the share of a batch that the options ask for, or on all of it where that cannot be."""
         size = call.batch_size
         examples = size if self._whole_batches else max(min(2, size), round(self._options.batch_fraction * size))
         try:
             return self._rho_gradient_on(call, parameters, examples)
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        except _CANNOT_RUN as error:
             if examples >= size or isinstance(error, torch.OutOfMemoryError):
                 raise
             gradient = self._rho_gradient_on(call, parameters, size)
@@ -364,7 +384,7 @@ class FlatKFAC(OptimizerWrapper):
             warnings.warn(
                 f"the model does not run on a part of its batch ({error}), so FlatKFAC takes whole batches from now "
                 "on; say so with batch_fraction=1",
-                stacklevel=6,  # the line that called step()
+                stacklevel=7,  # the line that called step()
             )
             return gradient
 
@@ -373,9 +393,16 @@ class FlatKFAC(OptimizerWrapper):
         sampled = self._criterion_calls is None
         loss = self._sampled_loss if sampled else self._empirical_loss(call.batch_size, examples)
         args, kwargs = call.first(examples)
+
+        def checked_loss(output: Any) -> Tensor:
+            if call is not self._calls.last_alone() or examples < call.batch_size:
+                _check_share(call, output, examples)
+            return loss(output)
+
         refresh = self._steps // self._options.every
-        survey = refresh % self._options.survey_every == 0
-        return self._tracker.gradient(args, kwargs, loss, parameters, call.conditions, survey=survey)
+        # After a pause, what is known of the layers may be long out of date.
+        survey = self._penalty is None or refresh % self._options.survey_every == 0
+        return self._tracker.gradient(args, kwargs, checked_loss, parameters, call.conditions, survey=survey)
 
     def _count_skipped(self, finite: Tensor) -> None:
         """Count on the device; warn once the count has come back to the host."""
@@ -395,17 +422,17 @@ class FlatKFAC(OptimizerWrapper):
             )
 
     def _sampled_loss(self, output: Any) -> Tensor:
-        """Sum of the losses whose gradients have the true Fisher for covariance."""
+        """Losses, ``[N]``, whose gradients have the true Fisher for covariance."""
         if not isinstance(output, Tensor) and isinstance(self._options.likelihood, str):
             raise TypeError(
                 f"the model returns a {type(output).__name__}, so FlatKFAC cannot tell which part of it is the "
                 "prediction: give likelihood= a callable (output, generator) -> negative log-likelihoods [N], for "
                 "example lambda output, generator: kfac_flat.likelihood.categorical(output.logits, generator)"
             )
-        losses = self._likelihood(output, self._draws)
+        losses = self._likelihood(output, self._draw_generator())
         if losses.dim() != 1:
             raise ValueError(f"likelihood must return one loss per example, [N], not {list(losses.shape)}")
-        return losses.sum()
+        return losses
 
     def _empirical_loss(self, batch_size: int, examples: int) -> Callable[[Any], Tensor]:
         """Sum of the criterion's example losses at the targets it was last called with."""
@@ -432,7 +459,7 @@ class FlatKFAC(OptimizerWrapper):
         return lambda output: repeated(output).sum() * factor
 
     def _draw_generator(self) -> torch.Generator:
-        """Make the generator of one refresh: other draws at each and in each process, alike whenever it is resumed."""
+        """Make the generator of a refresh: other draws at each and in each process, alike however often it is made."""
         device = next(self._inner.parameters()).device
         # Far-apart multiples, so that no seed's refresh meets another's.
         number = self._options.seed * 1_000_003 + self._steps * 7_368_787 + rank() * 2_147_483_647
@@ -454,7 +481,7 @@ class FlatKFAC(OptimizerWrapper):
         calls = CallRecorder.attach(self.model, wanted, owner=self)
         if self._options.fisher == "sampled" or self._options.criterion is None:
             return calls, None
-        return calls, CallRecorder.attach(self._options.criterion, wanted, owner=self)
+        return calls, CallRecorder.attach(self._options.criterion, wanted, owner=self, source=calls)
 
     def _forget_calls(self) -> None:
         """Let go of the batch, which is of no use any more."""
@@ -614,6 +641,12 @@ class FlatKFAC(OptimizerWrapper):
             return
         FlatKFAC.__init__(self, state["base"], state["model"], **state["options"])
         self._load_own(state["own"])
+
+
+def _check_share(call: RecordedCall, output: Any, examples: int) -> None:
+    """See that an output may be that of the first examples of a call."""
+    if not call.has_its_share(output, examples):
+        raise ValueError("its output does not grow with its arguments' first axis, so that is none of examples")
 
 
 def _warn_of_memory(error: torch.OutOfMemoryError, examples: int, fraction: float) -> None:

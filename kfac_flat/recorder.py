@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from kfac_flat.nested import batch_size, holds_packed, map_tensors, tensors
+from kfac_flat.nested import batch_size, holds_packed, lengths, map_tensors, tensors
 
 
 @dataclass(frozen=True)
 class RecordedCall:
-    """One call of a module: its arguments and the state of the random generators and of autocast at its start."""
+    """One call of a module: its arguments, the state of the random generators and of autocast at its start.
+
+    Once it is over, the lengths of what it returned as well.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -26,6 +29,7 @@ class RecordedCall:
     device: torch.device
     random_states: dict[torch.device, Tensor]
     autocast: dict[str, Any]
+    output_lengths: tuple[int, ...] = ()
 
     @classmethod
     def now(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RecordedCall:
@@ -49,12 +53,15 @@ class RecordedCall:
 
         Where there is no such call, as for images of different sizes, the last one is returned.
         """
+        if len(calls) == 1:
+            return calls[0]
         sizes = [call.batch_size for call in calls]
         try:
             *_, args, kwargs = _join([(c.training, c.device, c.autocast, c.args, c.kwargs) for c in calls], sizes)
         except _UnlikeError:
             return calls[-1]
-        return replace(calls[0], args=args, kwargs=kwargs)
+        output_lengths = tuple(map(sum, zip(*(call.output_lengths for call in calls), strict=False)))
+        return replace(calls[0], args=args, kwargs=kwargs, output_lengths=output_lengths)
 
     @property
     def batch_size(self) -> int:
@@ -71,6 +78,14 @@ class RecordedCall:
             return self.args, dict(self.kwargs)
         cut = map_tensors(lambda t: t[:examples] if t.dim() and len(t) == size else t, (self.args, self.kwargs))
         return cut[0], cut[1]
+
+    def has_its_share(self, output: Any, examples: int) -> bool:
+        """Tell whether an output may be that of the first examples: its length is to this call's as theirs to its own.
+
+        It is not where the first axis of the arguments is one of time.
+        """
+        pairs = zip(lengths(output), self.output_lengths, strict=False)
+        return not self.output_lengths or any(seen * self.batch_size == whole * examples for seen, whole in pairs)
 
     def with_other_output(self, criterion: nn.Module, examples: int) -> Callable[[Any], Tensor]:
         """Return the criterion at the targets of this call of it, those of the first examples, as a function.
@@ -137,20 +152,30 @@ def _join(values: Sequence[Any], sizes: Sequence[int]) -> Any:
         for key in first:
             changed[key] = _join([value[key] for value in values], sizes)
         return changed
-    if any(value is not first and value != first for value in values):
+    if not all(value is first or _equal(value, first) for value in values):
         raise _UnlikeError
     return first
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Compare what is no tensor, arrays by all of their items."""
+    if getattr(a, "shape", None) != getattr(b, "shape", None):
+        return False
+    equal = a == b
+    return bool(equal.all() if hasattr(equal, "all") else equal)
 
 
 class RecordedGraph:
     """A recorded call together with what has become of it: whether a gradient has come back, and whether one may."""
 
-    def __init__(self, call: RecordedCall, output: Any, keep_output: bool = False) -> None:
-        self.call = call
+    def __init__(self, call: RecordedCall, output: Any, place: int, keep_output: bool = False) -> None:
+        self.call = replace(call, output_lengths=lengths(output))
+        self.place = place  # among the calls of the model
         self.output = map_tensors(lambda t: t.detach().clone(), output) if keep_output else None
         self.has_gradient = False
         self._awaited: weakref.ref[Any] | None = None
         results = [t for t in tensors(output) if t.grad_fn is not None]
+        self._results = [weakref.ref(t) for t in results]
 
         def note(gradient: Tensor) -> None:
             self.has_gradient = True
@@ -159,6 +184,10 @@ class RecordedGraph:
             t.register_hook(note)
         if results:
             self._awaited = weakref.ref(note)  # which lives as long as the graph does
+
+    def returned(self, identities: set[int]) -> bool:
+        """Tell whether one of these tensors, given by their ids, is a result of the call."""
+        return any(id(result()) in identities for result in self._results)
 
     def may_matter(self, training: bool) -> bool:
         """Tell whether the call is to be kept when another one is made, in train mode or not."""
@@ -175,16 +204,23 @@ class CallRecorder:
     original's.
     """
 
-    def __init__(self, wanted: Callable[[], bool] | None = None) -> None:
+    def __init__(self, wanted: Callable[[], bool] | None = None, source: CallRecorder | None = None) -> None:
         self._wanted = wanted
+        self._source = source
+        self._place = 0  # of the call made last
         self._begun: RecordedCall | None = None
         self.keeps_outputs = False
         self.graphs: list[RecordedGraph] = []
 
     @classmethod
-    def attach(cls, module: nn.Module, wanted: Callable[[], bool], owner: object) -> CallRecorder:
-        """Put a recorder on a module while its owner lives, to which ``wanted`` must not refer strongly."""
-        recorder = cls(wanted)
+    def attach(
+        cls, module: nn.Module, wanted: Callable[[], bool], owner: object, source: CallRecorder | None = None
+    ) -> CallRecorder:
+        """Put a recorder on a module while its owner lives, to which ``wanted`` must not refer strongly.
+
+        Calls on what the module watched by ``source`` returned count in the order in which that was called.
+        """
+        recorder = cls(wanted, source)
         before = module.register_forward_pre_hook(recorder.begin, with_kwargs=True)
         after = module.register_forward_hook(recorder.end)
         for handle in (before, after):
@@ -201,12 +237,20 @@ class CallRecorder:
         Args:
             examples: If the calls joined have another number of them, the last call alone is returned.
         """
-        with_gradient = [graph.call for graph in self.graphs if graph.has_gradient]
+        with_gradient = self._with_gradient()
         if with_gradient:
             joined = RecordedCall.joined(with_gradient)
             return joined if examples in (None, joined.batch_size) else with_gradient[-1]
         calls = [graph.call for graph in self.graphs]
         return next((call for call in reversed(calls) if call.training), calls[-1] if calls else None)
+
+    def last_alone(self) -> RecordedCall | None:
+        """Return the last of the calls that :meth:`last` joins."""
+        return next(reversed(self._with_gradient()), None)
+
+    def _with_gradient(self) -> list[RecordedCall]:
+        """Return the calls that a gradient has come back to, in the order of those of the model."""
+        return [graph.call for graph in sorted(self.graphs, key=lambda graph: graph.place) if graph.has_gradient]
 
     def forget(self) -> None:
         """Let go of all calls."""
@@ -226,14 +270,22 @@ class CallRecorder:
             self._take_off(module)
         elif torch.is_grad_enabled() and self._wanted():
             self.graphs = [graph for graph in self.graphs if graph.may_matter(module.training)]
+            self._place = self._place_of(args, kwargs)
             self._begun = RecordedCall.now(module, args, kwargs)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Wait for the gradient of a call's output, as ``register_forward_hook`` announces it."""
         if self._begun is not None:
-            self.graphs.append(RecordedGraph(self._begun, output, self.keeps_outputs))
+            self.graphs.append(RecordedGraph(self._begun, output, self._place, self.keeps_outputs))
             self._begun = None
+
+    def _place_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return the place of a call: that of the source's call which returned its arguments, if that can be told."""
+        if self._source is None:
+            return self._place + 1
+        given = {id(t) for t in tensors((args, kwargs))}
+        return next((graph.place for graph in self._source.graphs if graph.returned(given)), self._source._place)
 
     def _take_off(self, module: nn.Module) -> None:
         """Remove the hooks of a recorder that records nothing."""

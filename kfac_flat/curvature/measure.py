@@ -28,7 +28,7 @@ def spectral_radii(
 
     Args:
         model: The model, in the mode (train or eval) in which it is to be measured.
-        inputs: What it is called with; the first axis of its output counts the examples.
+        inputs: What it is called with.
         likelihood: What its output means, as for :class:`FlatKFAC`.
         layers: Names (shell patterns allowed) or classes to restrict to.
         exact: Form and decompose the factors instead of 100 steps of power iteration.
@@ -47,5 +47,5 @@ def spectral_radii(
     generator = torch.Generator(next(inner.parameters()).device).manual_seed(seed)
     tracker = RadiusTracker(inner, layer_names(inner, layers), reduction="max", exact=exact, seed=seed)
     with torch.random.fork_rng(devices=[]):  # dropout must not move the user's generator
-        tracker.measure(inputs, {}, lambda output: draw(output, generator).sum(), steps=100)
+        tracker.measure(inputs, {}, lambda output: draw(output, generator), steps=100)
     return {name: float(radius) for name, radius in tracker.radii.items()}

@@ -161,7 +161,8 @@ class RadiusTracker:
         Args:
             args: Positional arguments of the model's forward.
             kwargs: Keyword arguments of it.
-            loss: From the model's output to the sum of the example losses; called twice on the first batch.
+            loss: From the model's output to the losses of the examples, ``[N]``, or to their sum, a scalar. Called for
+                each pass over the batch, of which there may be several; random labels should be the same in all.
             parameters: What to differentiate with respect to.
             conditions: Makes the context, of randomness and precision, that each forward pass runs in.
             survey: Whether to read all layers, as happens anyway where some are not known. If not, only those that rho
@@ -172,9 +173,10 @@ class RadiusTracker:
         """
         if not self._host_names:
             self.measure(args, kwargs, loss, conditions)
-        survey |= any(map(math.isnan, self._known_radii().values()))
+        survey |= self._reduction == "sum" or any(map(math.isnan, self._known_radii().values()))
         only = None if survey else self._active(self.names)
         seen = self._read(args, kwargs, loss, conditions, create_graph=True, only=only)
+        survey = only is None or not seen.keys() <= only  # all have been read where those known take no part
         active = self._active(seen)
         vectors = self._next_vectors(seen, steps=1)
         of_batch = {n: eigenvalues(data if n in active else data.detach(), vectors[n]) for n, data in seen.items()}
@@ -354,7 +356,7 @@ class RadiusTracker:
 
     def _seed_of(self, name: str) -> torch.Generator:
         """Seed a layer's starting vectors by its place, so that they do not depend on which layers came first."""
-        return torch.Generator().manual_seed(self._seed + self._order.index(name))
+        return torch.Generator().manual_seed((self._seed + self._order.index(name)) % 2**63)
 
     def _publish(
         self, vectors: Mapping[str, Eigenvectors], radii: Mapping[str, Tensor], *, all_layers: bool = True

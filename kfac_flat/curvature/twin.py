@@ -90,7 +90,8 @@ class Twin:
         Args:
             args: Positional arguments of the model's forward.
             kwargs: Keyword arguments of it.
-            loss: From the model's output to the SUM of the example losses.
+            loss: From the model's output to the losses of the examples, ``[N]``, or to their SUM, a scalar; N is then
+                the length of the first axis of the output.
             create_graph: Whether the data are to be differentiated.
             only: Names of the layers to read; None for all. The backward pass goes no deeper than these.
             conditions: Makes the context, of randomness and precision, that the forward pass runs in.
@@ -104,10 +105,10 @@ class Twin:
         try:
             # Fused attention has no second derivative, the plain one does.
             with BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                output, total = self.run(args, kwargs, loss, conditions)
+                output, losses = self.run(args, kwargs, loss, conditions)
                 wanted = {name: layer for name, layer in self.layers.items() if only is None or name in only}
                 targets = [probe for layer in wanted.values() for probe in vars(layer).get("_probes", ())]
-                self._backward(total, targets, create_graph)
+                self._backward(losses.sum(), targets, create_graph)
             found = {name: self._extension.collect(layer) for name, layer in wanted.items()}
         finally:
             for layer in self.layers.values():
@@ -119,7 +120,7 @@ class Twin:
             for _, twin in self._pairs:  # what the model has kept to itself would keep the graph
                 own = vars(twin)
                 own.update((k, map_tensors(Tensor.detach, value)) for k, value in own.items() if _holds_data(k, value))
-        examples = batch_size(output) or None
+        examples = len(losses) if losses.dim() else batch_size(output) or None
         return {name: replace(data, examples=examples) for name, data in found.items() if data is not None}
 
     def run(
@@ -129,7 +130,7 @@ class Twin:
         loss: Callable[[Any], Tensor],
         conditions: Conditions = contextlib.nullcontext,
     ) -> tuple[Any, Tensor]:
-        """Run the twin on a batch, all arguments as for :meth:`read`; returns its output and the loss, with graphs."""
+        """Run the twin on a batch, all arguments as for :meth:`read`; returns output and loss, with graphs."""
         args, kwargs = map_tensors(torch.clone, (args, dict(kwargs)))  # the model may work in place
         with torch.enable_grad(), _uncompiled(), _without_checkpoints():
             self._follow()
@@ -259,14 +260,16 @@ def layer_shape(model: nn.Module, name: str) -> Layer:
     return model.get_submodule(name) if found is None else found  # type: ignore[return-value]
 
 
-def weight_of(model: nn.Module, name: str) -> nn.Parameter:
-    """Return the parameter in which the layer of this name keeps its weight, perhaps among others."""
+def weight_of(model: nn.Module, name: str) -> nn.Parameter | None:
+    """Return the parameter in which the layer of this name keeps its weight, perhaps among others.
+
+    None for one that computes its weight from others, which it is not made to do here: that may leave traces.
+    """
     holder, _, projection = name.rpartition(".")
     module = model.get_submodule(holder)
     if is_attention(module) and projection in PROJECTIONS:
         return projection_parameters(module)[PROJECTIONS.index(projection)]
-    weight: nn.Parameter = model.get_submodule(name).weight  # type: ignore[assignment]
-    return weight
+    return model.get_submodule(name)._parameters.get("weight")
 
 
 def unread_modules(model: nn.Module) -> dict[str, str]:

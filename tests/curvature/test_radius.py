@@ -226,6 +226,16 @@ def test_exact_eigenvectors_attain_rho(kind: str, name: str) -> None:
     assert torch.isclose(group_radii(data, exact_eigenvectors(data)).max(), expected, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("examples", [None, 2])
+def test_factors_are_means_over_the_examples_however_many_rows_the_layer_reads(examples: int | None) -> None:
+    """Four rows may be two examples, of two tokens each."""
+    data, blocks = layer_data("groups", "2")
+    A, G = formed_factors(LayerData(data.layer, data.a, data.g, examples))
+    for i, (of_a, of_g) in enumerate(blocks):
+        assert torch.allclose(A[i], of_a * 4 / (examples or 4), rtol=1e-10, atol=1e-14)
+        assert torch.allclose(G[i], of_g, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize(("kind", "name"), LAYERS)
 def test_factors_times_are_products_with_the_explicit_factors(kind: str, name: str) -> None:
     data, blocks = layer_data(kind, name)

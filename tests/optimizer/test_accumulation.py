@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -158,6 +159,174 @@ def test_nested_arguments_are_joined_and_shared_ones_kept() -> None:
     optimizer = plain(model, mu=0.3)
     for part, target in zip(x.split([3, 5]), y.split([3, 5]), strict=True):
         criterion_of(optimizer)(model({"x": part}, weights, doubled=True), target).backward()
+    assert_gradients_close(added(model, optimizer), times(0.3, gradient))
+
+
+class Scaled(nn.Module):
+    """Takes the batch and something that is no part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor, scale: Any) -> Tensor:
+        return self.net(x * torch.as_tensor(scale))
+
+
+def test_arrays_are_settings_which_have_to_be_equal() -> None:
+    """Where they differ, it is the last micro-batch that is read."""
+    (x, y), scale = batch(8, 4), np.linspace(0.5, 2, 4)
+    for second, examples in ((scale.copy(), slice(0, 8)), (2 * scale, slice(4, 8)), (2 * scale[:1], slice(4, 8))):
+        model = Scaled()
+        whole = x * torch.stack([torch.as_tensor(scale)] * 4 + [torch.as_tensor(second).expand(4)] * 4)
+        _, gradient = rho_and_gradient(model.net, cross_entropy_sum(y[examples]), whole[examples])
+        optimizer = plain(model, mu=0.3)
+        for part, target, array in ((x[:4], y[:4], scale), (x[4:], y[4:], second)):
+            criterion_of(optimizer)(model(part, array), target).backward()
+        assert_gradients_close(added(model, optimizer), times(0.3, gradient))
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Any
+
+
+class Indifferent(nn.Module):
+    """Takes anything along with the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor, other: Any) -> Tensor:
+        return self.net(x)
+
+
+FOUR, THREE = torch.ones(4), torch.ones(3)
+UNLIKE: dict[str, tuple[Any, Any]] = {
+    "numbers": (1, 2),
+    "words": ("a", "b"),
+    "types": (1, None),
+    "lists of other lengths": ([1], [1, 1]),
+    "dicts with other keys": ({"a": 1}, {"b": 1}),
+    "named tuples with other items": (Pair(FOUR, 1), Pair(FOUR, 2)),
+    "precisions": (FOUR, FOUR.double()),
+    "shapes": (torch.ones(4, 2), torch.ones(4, 3)),
+    "layouts": (FOUR, FOUR.to_sparse()),
+    "shared tensors": (THREE, 2 * THREE),
+}
+ALIKE: dict[str, tuple[Any, Any]] = {
+    "named tuples": (Pair(FOUR, 1), Pair(FOUR, 1)),
+    "tuples": ((FOUR, None), (FOUR, None)),
+    "shared tensors": (THREE, THREE.clone()),
+}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "examples"),
+    [(*pair, 4) for pair in UNLIKE.values()] + [(*pair, 8) for pair in ALIKE.values()],
+    ids=[f"unlike {name}" for name in UNLIKE] + [f"alike {name}" for name in ALIKE],
+)
+def test_micro_batches_are_joined_where_all_else_is_equal(first: Any, second: Any, examples: int) -> None:
+    model, (x, y) = Indifferent(), batch(8, 4)
+    _, gradient = rho_and_gradient(model.net, cross_entropy_sum(y[-examples:]), x[-examples:])
+    optimizer = plain(model, mu=0.3)
+    for part, target, other in ((x[:4], y[:4], first), (x[4:], y[4:], second)):
+        criterion_of(optimizer)(model(part, other), target).backward()
+    assert_gradients_close(added(model, optimizer), times(0.3, gradient))
+
+
+@pytest.mark.parametrize("difference", ["mode", "autocast"])
+def test_micro_batches_under_other_conditions_leave_the_last_one(difference: str) -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(y[4:]), x[4:])
+    optimizer = plain(model, mu=0.3)
+    for part, target, first in ((x[:4], y[:4], True), (x[4:], y[4:], False)):
+        model.train(not (first and difference == "mode"))
+        with torch.autocast("cpu", enabled=first and difference == "autocast"):  # leaves double precision alone
+            loss = criterion_of(optimizer)(model(part), target)
+        loss.backward()
+    assert_gradients_close(added(model, optimizer), times(0.3, gradient))
+
+
+def test_dropout_falls_on_micro_batches_as_on_one_batch_at_the_first_of_them() -> None:
+    seen = []
+    for sizes in ([8], [3, 5]):
+        model = seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.Dropout(), nn.Linear(6, 3)))
+        optimizer, (x, y) = plain(model, mu=0.3), batch(8, 4)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            accumulate(model, criterion_of(optimizer), x, y, sizes)
+        seen.append(added(model, optimizer))
+    assert_gradients_close(list(seen[1]), seen[0])
+
+
+def test_a_shared_tensor_as_long_as_a_micro_batch_leaves_the_last_one() -> None:
+    """Nothing tells it from a part of the batch, and the model does not run on all of them joined."""
+    model, (x, y), scale = Scaled(), batch(8, 4), torch.linspace(0.5, 2, 4, dtype=torch.float64)
+    _, gradient = rho_and_gradient(model.net, cross_entropy_sum(y[4:]), x[4:] * scale)
+    optimizer = plain(model, mu=0.3)
+    for part, target in zip(x.split(4), y.split(4), strict=True):
+        criterion_of(optimizer)(model(part, scale), target).backward()
+    assert_gradients_close(added(model, optimizer), times(0.3, gradient))
+
+
+class TimeFirst(nn.Module):
+    """Attention over the first axis of ``[T, N, d]``; a prediction for each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        q, k = self.q(x), self.k(x)
+        return self.head(((q @ k.transpose(1, 2)).softmax(-1) @ torch.tanh(k)).mean(1))
+
+
+def most_probable(output: Tensor, generator: torch.Generator) -> Tensor:
+    return cross_entropy_each(output, output.detach().argmax(1))
+
+
+def cross_entropy_each(output: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output, y, reduction="none")
+
+
+@pytest.mark.parametrize("length", [5, 4])
+def test_sequences_are_not_strung_together_where_time_comes_first(length: int) -> None:
+    """Also where they are as long as there are examples."""
+    model, (x, y) = seeded(TimeFirst), batch(8, length, 4)
+    parts = x.transpose(0, 1).split(4, dim=1)
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(model(parts[1]).argmax(1)), parts[1], reduction="sum")
+    options: dict[str, Any] = {"fisher": "sampled", "likelihood": most_probable, "reduction": "sum"}
+    optimizer = plain(model, mu=0.3, **options)
+    for part, target in zip(parts, y.split(4), strict=True):
+        nn.functional.cross_entropy(model(part), target).backward()
+    assert_gradients_close(added(model, optimizer), times(0.3, gradient))
+
+
+def test_sequences_are_not_cut_short_where_time_comes_first() -> None:
+    model, (x, y) = seeded(TimeFirst), batch(4, 6, 4)
+    x = x.transpose(0, 1)
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(model(x).argmax(1)), x, reduction="sum")
+    options: dict[str, Any] = {"fisher": "sampled", "likelihood": most_probable, "reduction": "sum"}
+    optimizer = plain(model, mu=0.3, batch_fraction=0.5, **options)
+    nn.functional.cross_entropy(model(x), y).backward()
+    with pytest.warns(UserWarning, match="its output does not grow with .*batch_fraction=1") as caught:
+        seen = added(model, optimizer)
+    assert_gradients_close(seen, times(0.3, gradient))
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [3, 5]], ids=str)
+def test_labels_stay_with_their_examples_in_whatever_order_the_criterion_is_called(sizes: list[int]) -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x)
+    optimizer = plain(model, mu=0.3)
+    criterion = criterion_of(optimizer)
+    outputs = [model(part) for part in x.split(sizes)]
+    losses = [criterion(o, target) for o, target in zip(reversed(outputs), reversed(y.split(sizes)), strict=True)]
+    torch.stack(losses).sum().backward()
     assert_gradients_close(added(model, optimizer), times(0.3, gradient))
 
 

@@ -34,6 +34,7 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"every": 2.5}, r"every=2.5 must be a whole number of steps, at least 1"),
     ({"batch_fraction": 0.0}, r"batch_fraction=0.0 must lie in \(0, 1\]"),
     ({"batch_fraction": 1.5}, r"batch_fraction=1.5 must lie in \(0, 1\]"),
+    ({"seed": 1.5}, r"seed=1.5 must be a whole number"),
     ({"clip": 0.0}, r"clip=0.0 must be positive, or None"),
     ({"clip": -1.0}, r"clip=-1.0 must be positive, or None"),
     ({"fisher": "exact"}, r"fisher='exact' is unknown: choose 'sampled' or 'empirical'"),

@@ -87,14 +87,18 @@ def test_a_copied_model_is_free_of_hooks_after_its_first_call(duplicate: Any) ->
     assert optimizer.rho > 0
 
 
-def test_a_copy_made_between_backward_and_step_takes_that_step_alike() -> None:
-    """But for the penalty, whose batch is not copied: it says so."""
+def test_a_copy_made_between_backward_and_step_says_that_it_has_not_seen_the_batch() -> None:
+    """Which is not copied. Nothing has changed then, and the original takes its step."""
     model, (x, y) = mlp(), batch(8, 4)
     optimizer = plain(model, mu=0.3)
     criterion_of(optimizer)(model(x), y).backward()
     other, copied = copy.deepcopy((model, optimizer))
+    before = snapshot(other, copied)
     with pytest.raises(RuntimeError, match="no forward pass"):
         copied.step()
+    assert same(snapshot(other, copied), before)
     optimizer.step()
     assert optimizer.rho > 0
-    assert same(gradients(other), gradients(other))
+    assert not same(gradients(model), gradients(other))
+    train(other, copied, 1)
+    assert copied.rho > 0

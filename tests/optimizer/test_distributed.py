@@ -15,7 +15,9 @@ from torch.optim import SGD
 
 from kfac_flat import FlatKFAC, NeuronPruner, rewrap
 from kfac_flat.averaging import mean_over_processes
-from tests.optimizer.loops import plain
+from kfac_flat.curvature import tracker
+from tests.optimizer.loops import criterion_of, plain
+from tests.optimizer.test_failures import out_of_memory
 from tests.processes import RunInProcesses
 from tests.reference import batch, seeded
 
@@ -96,6 +98,48 @@ def test_processes_train_as_one_does_on_the_whole_batch(
             for seen, expected, first in zip(vectors, alone["vectors"][name], ranks[0]["vectors"][name], strict=True):
                 assert torch.allclose((seen * expected).sum(-1).abs(), torch.ones(len(seen), dtype=seen.dtype))
                 assert torch.equal(seen, first)
+
+
+def _in_a_group(rank: int) -> dict[str, Any] | None:
+    """Two of three processes train; the third one takes no part."""
+    group = dist.new_group([0, 1])
+    if rank == 2:
+        return None
+    model, criterion = network(), nn.CrossEntropyLoss()
+    forward = DistributedDataParallel(model, process_group=group)
+    optimizer = plain(forward, criterion, SGD(model.parameters(), lr=0.05), mu=0.3)
+    x, y = part(*batch(8, 2, 7, 7), rank, (4, 4))
+    criterion(forward(x), y).backward()
+    optimizer.step()
+    return {"weights": dict(model.state_dict()), "rho": optimizer.rho}
+
+
+def test_only_the_processes_of_the_models_group_are_asked(run: RunInProcesses) -> None:
+    first, second, _ = run(_in_a_group, ranks=3)
+    model = network()
+    optimizer = plain(model, base=SGD(model.parameters(), lr=0.05), mu=0.3)
+    x, y = batch(8, 2, 7, 7)
+    criterion_of(optimizer)(model(x), y).backward()
+    optimizer.step()
+    for found in (first, second):
+        assert found["rho"] == pytest.approx(optimizer.rho, rel=1e-9)
+        assert close(found["weights"], dict(model.state_dict()), 1e-9)
+
+
+def _out_of_memory(rank: int) -> str:
+    forward, optimizer = _sharing(network())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracker, "factors_times", out_of_memory)
+        try:
+            _train_on(rank, forward, optimizer, range(1))
+        except torch.OutOfMemoryError as error:
+            return str(error)
+    return "no error"
+
+
+def test_out_of_memory_is_an_error_where_others_wait(run: RunInProcesses) -> None:
+    """A process that went on without the penalty would send them something else."""
+    assert all("out of memory" in message for message in run(_out_of_memory))
 
 
 def _sampled(rank: int) -> dict[str, Any]:
@@ -180,17 +224,19 @@ def test_neurons_go_from_all_replicas_alike_while_the_penalty_acts(run: RunInPro
 
 def _means(rank: int) -> list[Tensor]:
     tensors = [torch.full((3,), float(rank)), torch.full((2, 2), 10.0 * rank, dtype=torch.float64), torch.ones(0)]
-    return mean_over_processes([*tensors, torch.full((5,), 1.0 + rank)], examples=1 + rank)
+    tensors += [torch.full((5,), 1.0 + rank), torch.full((2,), 30.0).half()]
+    return mean_over_processes(tensors, examples=3000 * (1 + rank))
 
 
 def test_means_weigh_examples_and_keep_shape_and_dtype(run: RunInProcesses) -> None:
     for found in run(_means, ranks=3):
         weighted = (0 * 1 + 1 * 2 + 2 * 3) / 6
-        assert [t.dtype for t in found] == [torch.float32, torch.float64, torch.float32, torch.float32]
+        assert [t.dtype for t in found] == [torch.float32, torch.float64, torch.float32, torch.float32, torch.half]
         assert torch.allclose(found[0], torch.full((3,), weighted))
         assert torch.allclose(found[1], torch.full((2, 2), 10 * weighted, dtype=torch.float64))
         assert found[2].shape == (0,)
         assert torch.allclose(found[3], torch.full((5,), 1 + weighted))
+        assert torch.equal(found[4], torch.full((2,), 30.0).half())
 
 
 def _sent(rank: int) -> list[int]:

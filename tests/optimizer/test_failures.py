@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam
 from kfac_flat import FlatKFAC
 from kfac_flat.curvature import tracker
 from tests import reference
-from tests.optimizer.loops import penalty, plain, same, small_net, snapshot, step, times, train
+from tests.optimizer.loops import criterion_of, penalty, plain, same, small_net, snapshot, step, times, train
 from tests.reference import assert_gradients_close, batch, cross_entropy_sum, mlp, rho_and_gradient, seeded
 
 
@@ -152,6 +152,7 @@ def test_a_bad_refresh_adds_nothing_until_the_next_one() -> None:
     F.cross_entropy(model(x * float("nan")), y).backward()
     with pytest.warns(UserWarning, match="left the penalty out"):
         optimizer.step()
+    assert not any(term.any() for term in optimizer.input_mask_gradients().values())
     model.load_state_dict(weights)
     for number in (1, 2, 3):
         optimizer.zero_grad()
@@ -236,10 +237,13 @@ def test_out_of_memory_costs_the_penalty_and_not_the_step(monkeypatch: pytest.Mo
     other.load_state_dict(model.state_dict())
     bare = SGD(other.parameters(), lr=0.1, momentum=0.9)
     bare.load_state_dict(copy.deepcopy(base.state_dict()))
+    tries: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(tracker, "factors_times", out_of_memory)
+        patch.setattr(tracker, "factors_times", lambda *_: (tries.append(1), out_of_memory()))
         with pytest.warns(UserWarning, match="curvature of 4 of 8 .*batch_fraction, such as 0.25"):
             train(model, optimizer, 1, start=2)
+        assert len(tries) == 1, "the whole batch needs more"
+        assert optimizer._calls.graphs == []
         train(model, optimizer, 1, start=3)  # the step until the next refresh has no penalty, and no warning
     train(other, bare, 2, start=2)
     assert same(snapshot(model, base), snapshot(other, bare))
@@ -247,6 +251,18 @@ def test_out_of_memory_costs_the_penalty_and_not_the_step(monkeypatch: pytest.Mo
     train(other, bare, 1, start=4)
     assert not same(model.state_dict(), other.state_dict())
     assert optimizer.rho > 0
+
+
+def test_out_of_memory_for_the_comparison_of_outputs_costs_one_refresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, mu=0.3, every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker.RadiusTracker, "output", out_of_memory)
+        with pytest.warns(UserWarning, match="out of memory"):
+            train(model, optimizer, 1)
+        assert optimizer.penalty_gradients() == {}
+        train(model, optimizer, 2, start=1)
+    assert optimizer.penalty_gradients()
 
 
 def test_out_of_memory_in_the_users_own_pass_is_the_users() -> None:
@@ -278,6 +294,31 @@ def test_outputs_that_the_twin_cannot_repeat_are_noticed_at_the_first_refresh(ch
         step(model, optimizer)
     for _ in range(4):  # said once
         step(model, optimizer)
+
+
+class Louder(nn.Module):
+    """What it gives depends on an attribute, and on dropout in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.drop, self.factor = mlp(), nn.Dropout(), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.drop(self.net(x))
+
+
+def test_outputs_of_other_settings_than_those_of_the_step_are_not_compared() -> None:
+    for change in ("looked at louder", "evaluated since"):
+        model, (x, y) = Louder(), batch(8, 4)
+        optimizer = plain(model, mu=0.3)
+        model.factor = 3.0 if change == "looked at louder" else 1.0
+        looked_at = model(x)
+        model.factor = 1.0
+        criterion_of(optimizer)(model(x), y).backward()
+        model.train(change != "evaluated since")
+        optimizer.step()
+        assert looked_at.requires_grad
+        assert optimizer.rho > 0
 
 
 def test_hooks_that_only_look_are_no_reason_to_warn() -> None:

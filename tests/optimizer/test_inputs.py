@@ -78,7 +78,7 @@ class Several(nn.Module):
         self, x: Tensor, pair: tuple[Tensor, Tensor], options: dict[str, Any], nothing: None, factor: float = 1.0
     ) -> Any:
         result = self.net(factor * x + pair[0] * pair[1] + options["shift"])
-        return {"logits": result, "note": "a dict"} if options["as_dict"] else result
+        return {"classes": torch.zeros(3), "logits": result, "note": "a dict"} if options["as_dict"] else result
 
 
 def several(x: Tensor, as_dict: bool = False) -> tuple[Any, ...]:
@@ -99,14 +99,17 @@ def test_several_inputs_are_repeated_and_all_cut_alike(fraction: float) -> None:
     assert_gradients_close([g - o for g, o in zip(gradients(model), own, strict=True)], times(0.3, gradient))
 
 
-def test_a_dict_as_output_is_read_by_a_likelihood_that_knows_it() -> None:
+@pytest.mark.parametrize("sizes", [[8], [3, 5]], ids=str)
+def test_a_dict_as_output_is_read_by_a_likelihood_that_knows_it(sizes: list[int]) -> None:
+    """How many examples there are is what it says, and not the length of whatever comes first in the dict."""
     model, (x, y) = Several(), batch(8, 4)
     whole = x + 0.5 * x * x.flip(1) + 0.1 * x
     _, gradient = rho_and_gradient(model.net, cross_entropy_sum(y), whole)
     optimizer = plain(
         model, mu=0.3, fisher="sampled", likelihood=lambda o, _: F.cross_entropy(o["logits"], y, reduction="none")
     )
-    F.cross_entropy(model(*several(x, as_dict=True))["logits"], y).backward()
+    for part, target in zip(x.split(sizes), y.split(sizes), strict=True):
+        F.cross_entropy(model(*several(part, as_dict=True))["logits"], target).backward()
     own = gradients(model)
     optimizer.step()
     assert_gradients_close([g - o for g, o in zip(gradients(model), own, strict=True)], times(0.3, gradient))

@@ -36,6 +36,18 @@ def test_only_parameters_that_the_optimizer_steps_on_take_a_penalty() -> None:
     assert all(not d.any() for d in seen[:2] + seen[4:])
 
 
+def test_mask_terms_of_layers_that_the_optimizer_does_not_step_on_have_the_weight_of_all() -> None:
+    """Their inputs are what other layers give out, whose channels may go."""
+    x, y = batch(8, 4)
+    terms = []
+    for part in (slice(None), slice(2)):
+        model = mlp()
+        optimizer = plain(model, base=SGD(model[part].parameters(), lr=0.0), mu=0.3, reduction="sum")
+        penalty(model, optimizer, x, y)
+        terms.append([optimizer.input_mask_gradients()[model[i].weight] for i in (0, 2, 4)])
+    assert all(a.any() and torch.equal(a, b) for a, b in zip(*terms, strict=True))
+
+
 def test_groups_keep_their_own_learning_rate_and_decay() -> None:
     """Against the bare optimizer on gradients to which the reference's penalty has been added."""
 

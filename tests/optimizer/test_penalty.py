@@ -119,6 +119,18 @@ def test_the_logarithmic_penalty_has_the_gradient_of_log_rho_whatever_its_scale(
     assert not any(g.any() for g in above)
 
 
+@pytest.mark.parametrize("eigenpairs", ["exact", "streaming"])
+def test_the_logarithmic_penalty_of_a_network_without_curvature_is_zero(eigenpairs: str) -> None:
+    """Where log rho has no gradient at all."""
+    model, (x, y) = mlp(), batch(8, 4)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    optimizer = plain(model, mu=0.3, penalty="log", eigenpairs=eigenpairs)
+    assert not any(g.any() for g in penalty(model, optimizer, 0 * x, y))
+    assert optimizer.rho == optimizer.skipped == 0
+
+
 def test_between_surveys_only_the_layer_known_to_attain_the_maximum_is_read_and_differentiated() -> None:
     model, (x, y) = mlp(), batch(8, 4)
     optimizer = plain(model, mu=0.3, survey_every=3)
@@ -134,6 +146,62 @@ def test_between_surveys_only_the_layer_known_to_attain_the_maximum_is_read_and_
         assert_gradients_close(penalty(model, optimizer, x, y), times(0.3, gradient))
         read = {name for name, value in optimizer.radii().items() if value == pytest.approx(now[name].item(), rel=1e-9)}
         assert read == ({before} if optimizer._steps < 4 else set(now))
+
+
+def active_layer(model: nn.Module, x: Tensor, y: Tensor) -> str:
+    values = reference.radii(model, cross_entropy_sum(y), x)
+    return max(values, key=lambda name: values[name].item())
+
+
+def test_surveys_count_refreshes_and_not_steps() -> None:
+    """With a refresh at every second step, the third is the next survey; one more, and its finding is acted on."""
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=0.3, every=2, survey_every=2)
+    before, after = active_layer(model, x, y), active_layer(model, 10 * x, y)
+    assert before != after
+    penalty(model, optimizer, x, y)
+    for number, active in enumerate([before] * 5 + [after] * 2, start=1):
+        seen = penalty(model, optimizer, 10 * x, y)
+        if number > 1:  # the first one is another step with the penalty of x
+            _, gradient = rho_and_gradient(model, cross_entropy_sum(y), 10 * x, names=[active])
+            assert_gradients_close(seen, times(0.3, gradient), tolerance=1e-8)
+
+
+def test_after_a_pause_of_the_penalty_all_layers_are_looked_at() -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=lambda step: 0.0 if 0 < step < 5 else 0.3, survey_every=4)
+    for _ in range(5):
+        penalty(model, optimizer, x, y)
+    after = active_layer(model, 10 * x, y)
+    assert active_layer(model, x, y) != after
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(y), 10 * x)
+    penalty(model, optimizer, 10 * x, y)
+    assert_gradients_close(penalty(model, optimizer, 10 * x, y), times(0.3, gradient))
+
+
+class Switched(nn.Module):
+    """A part of it that has the largest radius can be switched off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.extra, self.on = mlp(), nn.Linear(4, 3), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + (self.extra(30 * x) if self.on else 0)
+
+
+@pytest.mark.parametrize("reduction", ["max", "sum"])
+def test_between_surveys_a_layer_that_takes_no_part_any_more_gives_way_to_the_others(reduction: str) -> None:
+    model, (x, y) = seeded(Switched), batch(8, 4)
+    optimizer = plain(model, mu=0.3, survey_every=4, reduction=reduction)
+    penalty(model, optimizer, x, y)
+    assert active_layer(model, x, y) == "extra"
+    model.on = False
+    rho, gradient = rho_and_gradient(model.net, cross_entropy_sum(y), x, reduction=reduction)
+    for _ in range(2):
+        assert_gradients_close(penalty(model, optimizer, x, y)[: len(gradient)], times(0.3, gradient))
+        assert optimizer.rho == pytest.approx(float(rho), rel=1e-9)
+        assert "extra" not in optimizer.radii()
 
 
 def test_training_with_the_penalty_ends_flatter_than_without() -> None:
@@ -249,6 +317,21 @@ def test_random_signs_give_a_reproducible_penalty_whose_radius_fits_the_true_fis
     assert all(torch.equal(d, e) for d, e in zip(added[0], added[1], strict=True))
     differs = any(not torch.allclose(d, e) for d, e in zip(added[0], added[2], strict=True))
     assert differs == (outputs > 1)  # the signs of a single logit do not matter
+
+
+def test_labels_are_drawn_anew_at_each_refresh() -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=0.3, fisher="sampled")
+    first, second = (penalty(model, optimizer, x, y) for _ in range(2))
+    assert any(not torch.allclose(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**63 - 1, 2**80])
+def test_every_whole_number_is_a_seed_at_every_step(seed: int) -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=0.3, fisher="sampled", eigenpairs="streaming", seed=seed)
+    optimizer._steps = 2**62
+    assert any(g.any() for g in penalty(model, optimizer, x, y))
 
 
 # -------------------------------------------------------------------------------------------------- how often, how much

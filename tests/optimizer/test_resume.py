@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD
 
 from kfac_flat import FlatKFAC
@@ -71,6 +71,33 @@ def test_a_process_that_is_killed_is_taken_up_by_another_bit_for_bit(tmp_path: P
     momenta = [state["momentum_buffer"] for state in saved["optimizer"]["state"].values()]
     assert len(momenta) == len(list(model.parameters()))
     assert all(momentum.any() for momentum in momenta)
+
+
+class Offset(nn.Module):
+    """One of its layers is called without an axis of examples, which is found out by reading it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.shift = mlp(), nn.Linear(3, 3)
+        self.input = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x) + self.shift(self.input)
+
+
+def test_layers_that_are_found_unreadable_once_more_do_not_change_the_labels() -> None:
+    def made() -> tuple[nn.Module, FlatKFAC]:
+        model = seeded(Offset)
+        return model, FlatKFAC(SGD(model.parameters(), lr=0.05), model, mu=0.3, every=2, survey_every=1)
+
+    (model, optimizer), (resumed, other) = made(), made()
+    train(model, optimizer, 4)
+    resumed.load_state_dict(copy.deepcopy(model.state_dict()))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 3, start=4)
+    train(resumed, other, 3, start=4)
+    assert other.skipped_layers == optimizer.skipped_layers == {"shift": "called without an axis of examples"}
+    assert same(snapshot(resumed, other), snapshot(model, optimizer))
 
 
 def test_forgetting_the_curvature_at_resume_would_be_noticed(tmp_path: Path) -> None:

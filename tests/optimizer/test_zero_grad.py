@@ -12,11 +12,14 @@ from torch.optim import SGD
 
 from kfac_flat import FlatKFAC
 from tests.optimizer.loops import (
+    penalty,
+    plain,
     same,
     snapshot,
+    times,
     train,
 )
-from tests.reference import Residual, batch, mlp, seeded
+from tests.reference import Residual, assert_gradients_close, batch, cross_entropy_sum, mlp, rho_and_gradient, seeded
 
 
 def test_zero_grad_in_its_forms() -> None:
@@ -46,6 +49,18 @@ def test_a_step_in_between_without_backward_is_the_bases() -> None:
     before = snapshot(model, optimizer.base)
     optimizer.step()
     assert same(snapshot(model, optimizer.base), before)
+
+
+def test_a_refresh_without_gradients_is_made_up_for_at_the_next_step() -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=0.3, every=2, reduction="sum")
+    for _ in range(2):
+        penalty(model, optimizer, 2 * x, y)
+    optimizer.zero_grad()
+    model(x)
+    optimizer.step()
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x, reduction="sum")
+    assert_gradients_close(penalty(model, optimizer, x, y), times(0.3, gradient))
 
 
 @pytest.mark.parametrize(
