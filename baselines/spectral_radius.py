@@ -85,7 +85,7 @@ class SpectralRadius(FlatKFAC):
             "clip": clip,
             "seed": seed,
         }
-        super().__init__(optimizer, model, fisher="empirical", **penalty)
+        super().__init__(optimizer, model, fisher="empirical", penalty="linear", **penalty)
         refuse_several_processes(self)
         self._own_options = {**penalty, "iterations": iterations}
         self._unread = {}

@@ -177,7 +177,8 @@ METHODS = {
     "hgnp": Method(FlatKFAC),
     # As in the paper: the penalty in full at every step, of all layers, equal cuts; its weight is not to be had.
     "hgnp-plain": Method(
-        partial(FlatKFAC, every=1, survey_every=1, batch_fraction=1.0, clip=None), options={"pace": "linear"}
+        partial(FlatKFAC, penalty="linear", every=1, survey_every=1, batch_fraction=1.0, clip=None),
+        options={"pace": "linear"},
     ),
     "hybrid": Method(FlatKFAC, HybridPruner, options=HYBRID),
     "theta": Method(),  # mu = 0 in training and in Theta

@@ -93,8 +93,9 @@ _DIFFERENT = 0.05
 class FlatKFAC(OptimizerWrapper):
     """Wrap a torch optimizer so that it also minimises the spectral radius of the K-FAC curvature.
 
-    The objective is ``loss + mu * max(0, rho - K)`` [Ebrahimi & Klabjan, arXiv 2111.08577, eq. 4] with
-    ``rho = max_l lambda_max(A_l) lambda_max(G_l)`` over the Linear and Conv2d layers. The training loop stays as it is.
+    The objective is the loss plus ``mu * max(0, log(rho / K))``, or ``mu * max(0, rho - K)`` [Ebrahimi & Klabjan, arXiv
+    2111.08577, eq. 4], with ``rho = max_l lambda_max(A_l) lambda_max(G_l)`` over the Linear and Conv2d layers. The
+    training loop stays as it is.
     ``step()`` does the following:
 
     1. Every ``every`` steps, a copy of the model that shares its parameters repeats the last training forward pass, on
@@ -104,7 +105,7 @@ class FlatKFAC(OptimizerWrapper):
        ``survey_every``-th of these refreshes, otherwise of the layer that attains the maximum.
     3. rho of the layer that attained the maximum at the refresh before (so that nothing waits for the device) is
        differentiated with respect to all parameters.
-    4. That gradient, times mu where rho exceeds ``rho_max``, is added to ``p.grad``, at this step and at those until
+    4. That gradient, times the slope of the penalty where rho exceeds ``rho_max``, is added to ``p.grad``, at this step and at those until
        the next refresh, so that each step sees loss plus penalty and no step sees a spike.
     5. The wrapped optimizer steps.
 
@@ -118,8 +119,8 @@ class FlatKFAC(OptimizerWrapper):
         mu: Weight of the penalty, or a function of the step count. A parameter group with an entry ``"mu"`` or
             ``"rho_max"`` of its own descends the objective with that one instead.
         rho_max: K, the spectral radius below which there is no penalty, or a function of the step count.
-        penalty: ``"linear"``, mu * max(0, rho - K) as in the paper, or ``"log"``, mu * max(0, log rho - log K), whose
-            gradient mu * grad rho / rho does not depend on the scale of rho, so that one mu serves many networks.
+        penalty: ``"log"``, mu * max(0, log rho - log K), whose gradient mu * grad rho / rho does not depend on the scale
+            of rho, so that one mu serves many networks, or ``"linear"``, mu * max(0, rho - K) as in the paper.
         every: Steps from one computation of the penalty's gradient to the next, a refresh.
         survey_every: Refreshes from one look at all layers, to see which attains the maximum, to the next. There is one
             as well when the penalty comes back after steps without.
@@ -140,7 +141,7 @@ class FlatKFAC(OptimizerWrapper):
         layers: Restrict to these layers: names (shell patterns allowed) or classes.
         eigenpairs: ``"streaming"``, or ``"exact"`` to form and decompose the factors at each refresh.
         clip: Bound on the norm of the penalty's gradient, relative to that of the loss; None for no bound. With
-            ``every=1, survey_every=1, batch_fraction=1, clip=None`` the penalty is the paper's plain one.
+            ``penalty="linear", every=1, survey_every=1, batch_fraction=1, clip=None`` it is the paper's plain penalty.
         seed: Of the true Fisher's random signs and the starting vectors. torch's global generators are never touched.
 
     Raises:
@@ -165,8 +166,8 @@ class FlatKFAC(OptimizerWrapper):
         *,
         mu: Schedule = 0.01,
         rho_max: Schedule = 0.0,
-        penalty: str = "linear",
-        every: int = 4,
+        penalty: str = "log",
+        every: int = 8,
         survey_every: int = 4,
         batch_fraction: float = 0.5,
         fisher: str = "sampled",

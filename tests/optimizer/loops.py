@@ -24,7 +24,7 @@ def plain(
     criterion = nn.CrossEntropyLoss() if criterion is None else criterion
     base = SGD(model.parameters(), lr=0.0) if base is None else base
     exactly: dict[str, Any] = {
-        "every": 1, "survey_every": 1, "clip": None, "batch_fraction": 1.0, "eigenpairs": "exact",
+        "penalty": "linear", "every": 1, "survey_every": 1, "clip": None, "batch_fraction": 1.0, "eigenpairs": "exact",
     }  # fmt: skip
     return FlatKFAC(base, model, **{**exactly, "fisher": "empirical", "criterion": criterion, **options})
 
