@@ -105,8 +105,8 @@ class FlatKFAC(OptimizerWrapper):
        ``survey_every``-th of these refreshes, otherwise of the layer that attains the maximum.
     3. rho of the layer that attained the maximum at the refresh before (so that nothing waits for the device) is
        differentiated with respect to all parameters.
-    4. That gradient, times the slope of the penalty where rho exceeds ``rho_max``, is added to ``p.grad``, at this step and at those until
-       the next refresh, so that each step sees loss plus penalty and no step sees a spike.
+    4. That gradient, times the penalty's slope where rho exceeds ``rho_max``, is added to ``p.grad``, at this step and
+       at those until the next refresh, so that each step sees loss plus penalty and no step sees a spike.
     5. The wrapped optimizer steps.
 
     With ``mu=0`` steps 1 to 4 do not happen and the trajectory is the wrapped optimizer's, bit for bit.
@@ -119,8 +119,8 @@ class FlatKFAC(OptimizerWrapper):
         mu: Weight of the penalty, or a function of the step count. A parameter group with an entry ``"mu"`` or
             ``"rho_max"`` of its own descends the objective with that one instead.
         rho_max: K, the spectral radius below which there is no penalty, or a function of the step count.
-        penalty: ``"log"``, mu * max(0, log rho - log K), whose gradient mu * grad rho / rho does not depend on the scale
-            of rho, so that one mu serves many networks, or ``"linear"``, mu * max(0, rho - K) as in the paper.
+        penalty: ``"log"``, mu * max(0, log rho - log K), whose gradient mu * grad rho / rho does not depend on the
+            scale of rho, so that one mu serves many networks, or ``"linear"``, mu * max(0, rho - K) as in the paper.
         every: Steps from one computation of the penalty's gradient to the next, a refresh.
         survey_every: Refreshes from one look at all layers, to see which attains the maximum, to the next. There is one
             as well when the penalty comes back after steps without.
@@ -322,16 +322,16 @@ class FlatKFAC(OptimizerWrapper):
             _warn_of_memory(error, call.batch_size, self._options.batch_fraction)
             return
         self._forget_calls()
-        others = self._weight({}, gradient.rho)
-        weights: dict[nn.Parameter | None, Tensor] = {**self._weights(gradient.rho)}
+        weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
         found = {p: weights[p] * g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
         self._penalty_norm = get_total_norm(list(found.values())).to(gradient.rho.device)
         finite = self._penalty_norm.isfinite()
         self._penalty = {p: g.masked_fill_(~finite, 0.0).to(p.dtype) for p, g in found.items()}
-        self._mask_terms = {
-            name: torch.where(finite, weights.get(weight_of(self._inner, name), others) * m, 0.0)
-            for name, m in gradient.input_masks.items()
-        }
+        self._mask_terms = {}
+        for name, mask in gradient.input_masks.items():
+            holder = weight_of(self._inner, name)
+            weight = others if holder is None else weights.get(holder, others)
+            self._mask_terms[name] = torch.where(finite, weight * mask, 0.0)
 
     def _compare_outputs(self) -> None:
         """See, once, that the copy which the curvature is read on computes what the model does."""
