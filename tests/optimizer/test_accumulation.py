@@ -207,6 +207,7 @@ UNLIKE: dict[str, tuple[Any, Any]] = {
     "numbers": (1, 2),
     "words": ("a", "b"),
     "types": (1, None),
+    "a tensor and none": (FOUR, None),
     "lists of other lengths": ([1], [1, 1]),
     "dicts with other keys": ({"a": 1}, {"b": 1}),
     "named tuples with other items": (Pair(FOUR, 1), Pair(FOUR, 2)),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import SGD
 
 from kfac_flat import FlatKFAC
@@ -18,7 +21,7 @@ from tests.optimizer.loops import (
     times,
     train,
 )
-from tests.reference import Residual, assert_gradients_close, batch, cross_entropy_sum, rho_and_gradient, seeded
+from tests.reference import Residual, assert_gradients_close, batch, cross_entropy_sum, mlp, rho_and_gradient, seeded
 
 
 def test_looking_at_validation_data_between_forward_and_step_changes_nothing() -> None:
@@ -38,6 +41,42 @@ def test_looking_at_validation_data_between_forward_and_step_changes_nothing() -
     optimizer.step()
     added = [g - o for g, o in zip(gradients(model), own, strict=True)]
     assert_gradients_close(added, times(0.3, gradient))
+
+
+@dataclasses.dataclass
+class Prediction:
+    """Tensors that nobody finds who does not know this class."""
+
+    logits: Tensor
+
+
+class Predicting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Prediction:
+        return Prediction(self.net(x))
+
+
+def most_probable(output: Prediction, generator: torch.Generator) -> Tensor:
+    return F.cross_entropy(output.logits, output.logits.detach().argmax(1), reduction="none")
+
+
+def test_where_outputs_do_not_tell_it_is_the_last_pass_in_train_mode_that_counts() -> None:
+    model, (x, y) = Predicting(), batch(8, 4)
+    _, gradient = rho_and_gradient(model.net, cross_entropy_sum(model.net(x).argmax(1)), x)
+    optimizer = plain(model, mu=0.3, fisher="sampled", likelihood=most_probable)
+    model(5 * x)
+    F.cross_entropy(model(x).logits, y).backward()
+    own = gradients(model)
+    model.eval()
+    for _ in range(2):
+        model(3 * x)
+    model.train()
+    assert len(optimizer._calls.graphs) == 2, "they pile up"
+    optimizer.step()
+    assert_gradients_close([g - o for g, o in zip(gradients(model), own, strict=True)], times(0.3, gradient))
 
 
 @pytest.mark.parametrize("gradients_on", [True, False])

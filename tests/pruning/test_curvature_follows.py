@@ -42,6 +42,7 @@ def test_a_cut_keeps_of_the_curvature_what_the_manifest_keeps(name: str) -> None
         for layer, term in before["mask_terms"].items():
             assert torch.equal(after["mask_terms"][layer], term[layers[layer]["in"]])
         assert after["mask_terms"].keys() == before["mask_terms"].keys()
+        assert torch.isclose(after["penalty_norm"], torch.cat([g.flatten() for g in after["penalty"].values()]).norm())
         for layer, v in before["eigenvectors"].items():
             area = dense.get_submodule(layer).weight[0, 0].numel()
             kept = {"A": v["A"].reshape(-1, area)[layers[layer]["in"]], "G": v["G"].reshape(-1)[layers[layer]["out"]]}
