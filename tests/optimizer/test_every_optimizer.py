@@ -124,6 +124,34 @@ def test_a_closure_is_called_once_with_gradients_enabled_and_its_loss_returned()
     assert direct.step.__name__ == "step"
 
 
+class Plain(Optimizer):
+    """As somebody may write one: its step does without gradients, and leaves that to the closure."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = closure()
+        for p in self.param_groups[0]["params"]:
+            p -= 0.1 * p.grad
+        return loss
+
+
+def test_a_closure_has_gradients_whatever_the_base_does() -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = FlatKFAC(Plain(model.parameters()), model, mu=0.3)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) > 0
+    assert optimizer.rho > 0
+
+
 def test_sparse_gradients_are_left_to_the_optimizer_that_takes_them() -> None:
     """SparseAdam steps on gradients to which nothing dense can be added; the dense layers are another one's."""
     model = seeded(

@@ -154,6 +154,15 @@ def test_a_loaded_curvature_shares_no_memory_with_the_checkpoint() -> None:
     assert not same(other.state_dict()["kfac_flat"], kept["kfac_flat"])
 
 
+def test_a_batch_seen_before_loading_is_not_that_of_the_step_after_it() -> None:
+    model, optimizer = fresh()
+    saved = copy.deepcopy(optimizer.state_dict())
+    model(torch.ones(SHAPE)).sum().backward()
+    optimizer.load_state_dict(saved)
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        optimizer.step()
+
+
 # -------------------------------------------------------------------------------------------------- the bare base
 
 
@@ -193,9 +202,6 @@ def test_after_a_bare_checkpoint_the_curvature_starts_afresh() -> None:
         o.load_state_dict(copy.deepcopy(bare))  # torch's optimizers go on in the very tensors they are given
         train(m, o, 4, start=20, shape=SHAPE)
     assert same(model.state_dict(), other.state_dict())
-
-
-# -------------------------------------------------------------------------------------------------- copies
 
 
 # -------------------------------------------------------------------------------------------------- what does not fit
