@@ -1,8 +1,8 @@
 """Whether rho is what it stands for: beside the true curvature, and beside the length of the weights, while training.
 
 Every run trains a network from scratch as in :mod:`benchmarks.defaults` and stops about eight times on the way to
-measure, in training mode and on the same images each time: rho of each layer, from one drawn label per image as the
-penalty has it and from all labels with their probabilities; the top eigenvalue of the Gauss-Newton matrix (GGN) and of
+measure, in training mode and on the same images each time: rho of each layer, from one random combination of the
+labels' gradients per image as the penalty has it and from all labels with their probabilities; the top eigenvalue of the Gauss-Newton matrix (GGN) and of
 the Hessian, of all parameters and of each layer's weight alone; the length of the weights, the learning rate, and the
 sharpness for changes relative to the weights.
 
@@ -82,13 +82,13 @@ class Measurement:
     def __call__(self, model: nn.Module) -> Record:
         """Return what there is of the whole network, and of each layer by name."""
         copy, images, labels = self._copy(model), self._batch.images, self._batch.labels
-        drawn = kfac_flat.spectral_radii(copy, images, exact=True)
+        sampled = kfac_flat.spectral_radii(copy, images, exact=True)
         expected = expected_radii(copy, images)
         curvature = TrueCurvature(copy, images, labels)
-        weights = {name: copy.get_submodule(name).weight for name in drawn}
+        weights = {name: copy.get_submodule(name).weight for name in sampled}
         layers = {
             name: {
-                "rho": drawn[name],
+                "rho": sampled[name],
                 "expected_rho": expected[name],
                 **self._top_eigenvalues(curvature, name, [weight]),
                 "squared_norm": float(weight.detach().square().sum()),
@@ -129,7 +129,7 @@ class Measurement:
 
 
 def expected_radii(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Measure rho of each layer with the labels' probabilities instead of one label drawn for each image.
+    """Measure rho of each layer with the labels' probabilities instead of one random combination of them.
 
     The Hessian of the cross entropy at the logits is the sum of p_k (p - e_k) (p - e_k)^T over the K classes. So each
     image comes K times, the k-th time with sqrt(K p_k) (p - e_k) for its gradient at the logits.

@@ -19,15 +19,14 @@ PREFACE = """\
 
 Written by `python -m benchmarks.curvature --report` from the runs of `python -m benchmarks.curvature`.
 
-- rho: lambda_max(A) lambda_max(G) of a layer, with one drawn label per image as the penalty has it; *expected* rho has
-  all labels with their probabilities instead, which takes as many passes as there are classes. When a network is sure,
-  nearly all of the curvature is that of labels that are hardly ever drawn: most draws then show too little.
+- rho: lambda_max(A) lambda_max(G) of a layer as the penalty has it, from one random combination of the labels'
+  gradients for each image; *expected* rho has all labels with their probabilities instead, which takes as many passes
+  as there are classes.
 - GGN, Hessian: their largest eigenvalue, by Lanczos iteration on the same images, of a layer's weight alone or of all
   parameters. The GGN is what A (x) G approximates. Where a network is piecewise linear (ReLU, no BatchNorm), a layer's
   block of the Hessian IS that of the GGN. For a convolution A (x) G takes the gradients at its positions to be
   uncorrelated; where they agree, the true curvature is larger, up to as many times as there are positions.
-- All are taken in training mode, on the same 32 training images at each stop; labels are drawn with the same random
-  numbers, so that one lucky draw may last.
+- All are taken in training mode, on the same 32 training images at each stop, with the same random numbers.
 - The largest eigenvalue of all parameters' GGN lies between the largest of those of its blocks and their sum.
 - Sharpness: mean rise of the loss on these images in eval mode when all weights of layers are multiplied by 1 plus
   normal noise of 0.1.
@@ -41,7 +40,7 @@ it loses. Factors are relative to SGD from the same seed at the end of training,
 front of BatchNorm and the seeds; that of rho is the product of those of rho |W|^2 and of 1 / |W|^2.
 """
 COLOURS = {"rho": "C0", "expected_rho": "C1", "ggn": "C2", "hessian": "C3"}
-LABELS = {"rho": "rho, drawn labels", "expected_rho": "rho, all labels", "ggn": "GGN", "hessian": "Hessian"}
+LABELS = {"rho": "rho", "expected_rho": "rho, all labels", "ggn": "GGN", "hessian": "Hessian"}
 
 # ---------------------------------------------------------------- numbers
 
@@ -153,11 +152,11 @@ def _over_seeds(factors: Sequence[float]) -> str:
 def agreement_in_words(runs: Sequence[Record]) -> str:
     """Say how closely rho follows the curvature."""
     found = [layer for at in measurements(runs) for layer in at["layers"].values()]
-    expected, drawn = (mean(0.2 <= w[kind] / w["ggn"] <= 5 for w in found) for kind in ("expected_rho", "rho"))
+    expected, sampled = (mean(0.2 <= w[kind] / w["ggn"] <= 5 for w in found) for kind in ("expected_rho", "rho"))
     last = sorted(w["rho"] / w["expected_rho"] for r in runs for w in r["measured"][-1]["layers"].values())
     return (
         f"Over {len(found)} measurements of layers, expected rho is within a factor of 5 of the GGN's top eigenvalue "
-        f"in {expected:.0%}, rho with drawn labels in {drawn:.0%}. At the end of training drawn labels show "
+        f"in {expected:.0%}, rho itself in {sampled:.0%}. At the end of training rho is "
         f"{median(last):.2g} ({last[0]:.2g} to {last[-1]:.2g}) of expected rho. In the table ratios are medians with "
         "their range, correlations those of ranks."
     )
