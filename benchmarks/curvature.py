@@ -2,9 +2,9 @@
 
 Every run trains a network from scratch as in :mod:`benchmarks.defaults` and stops about eight times on the way to
 measure, in training mode and on the same images each time: rho of each layer, from one random combination of the
-labels' gradients per image as the penalty has it and from all labels with their probabilities; the top eigenvalue of the Gauss-Newton matrix (GGN) and of
-the Hessian, of all parameters and of each layer's weight alone; the length of the weights, the learning rate, and the
-sharpness for changes relative to the weights.
+labels' gradients per image as the penalty has it and from all labels with their probabilities; the top eigenvalue of
+the Gauss-Newton matrix (GGN) and of the Hessian, of all parameters and of each layer's weight alone; the length of the
+weights, the learning rate, and the sharpness for changes relative to the weights.
 
 Each run adds a line to ``TASK.jsonl``; runs that are there already are not repeated. Run it with
 ``python -m benchmarks.curvature`` (``pip install -e ".[benchmark,examples]"``); ``--help`` tells the options,

@@ -55,8 +55,8 @@ def test_runs_are_written_down_once_and_make_a_page(tmp_path: Path, capsys: Any)
 def test_expected_radii_are_what_many_draws_come_to() -> None:
     model, (x, _) = mlp(), batch(2, 4)
     seen = curvature.expected_radii(model, x)
-    drawn = kfac_flat.spectral_radii(model, x.repeat(4000, 1), exact=True)
-    assert seen == pytest.approx(drawn, rel=0.05)
+    sampled = kfac_flat.spectral_radii(model, x.repeat(4000, 1), exact=True)
+    assert seen == pytest.approx(sampled, rel=0.05)
     assert seen != pytest.approx(kfac_flat.spectral_radii(model, x, exact=True), rel=0.05)
 
 
