@@ -119,7 +119,7 @@ def test_inputs_are_repeated_as_they_were_when_the_model_was_called() -> None:
     model, (x, y) = mlp(), batch(8, 4)
     _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x)
     optimizer = plain(model, mu=0.3)
-    loss = criterion_of(optimizer)(model(1 * x), y)
+    loss = criterion_of(optimizer)(model(x), y)
     loss.backward()
     own = gradients(model)
     given = x.clone()
