@@ -27,8 +27,9 @@ def top_eigenpair(matrix: Tensor) -> tuple[Tensor, Tensor]:
         >>> value.item(), vector.abs().tolist()
         (3.0, [0.0, 1.0])
     """
-    values, vectors = torch.linalg.eigh(matrix)
-    return values[..., -1], vectors[..., -1]
+    # In single precision, LAPACK does not always converge on factors of low rank, which are the rule here.
+    values, vectors = torch.linalg.eigh(matrix.double())
+    return values[..., -1].to(matrix.dtype), vectors[..., -1].to(matrix.dtype)
 
 
 @dataclass(frozen=True)
