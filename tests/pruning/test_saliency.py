@@ -107,7 +107,7 @@ def build(name: str, **options: Any) -> tuple[nn.Module, Tensor, optim.Optimizer
     optimizer: optim.Optimizer = optim.SGD(model.parameters(), lr=0.1)
     if options:
         plain = {"every": 1, "clip": None, "batch_fraction": 1.0, "eigenpairs": "exact", "fisher": "empirical"}
-        optimizer = FlatKFAC(optimizer, model, mu=MU, **plain, **options)
+        optimizer = FlatKFAC(optimizer, model, mu=MU, penalty="linear", **plain, **options)
     return model, x, optimizer, NeuronPruner(model, optimizer, x, target=0.1, start=1, every=1, events=1)
 
 
