@@ -125,8 +125,7 @@ class SAM(OptimizerWrapper):
 
     def _repeat(self, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """Return the gradient of all that was backpropagated, at the weights as they are now."""
-        if self._twin is None or not self._twin.is_current():
-            self._twin = Twin(self._inner, [])
+        self._twin = Twin.current(self._twin, self._inner, [])
         scale = 1.0 if self._scaler is None else self._scaler.get_scale()
         total: list[Tensor | None] = [None] * len(parameters)
         for own in self._passes:

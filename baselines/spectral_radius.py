@@ -167,7 +167,8 @@ class HessianTracker:
             survey: Means nothing here, where there are no layers to choose from.
         """
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-            _, total = self._current_twin().run(args, kwargs, loss, conditions)
+            self._twin = Twin.current(self._twin, self._model, [])
+            _, total = self._twin.run(args, kwargs, loss, conditions)
         mean = total / batch_size((args, kwargs))
         v, product = self._power_iteration(mean, parameters)
         quotient = torch.stack([(x * y).sum() for x, y in zip(v, product, strict=True)]).sum()
@@ -180,14 +181,9 @@ class HessianTracker:
 
     def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:
         """Return what the copy of the model that is differentiated gives."""
-        output, _ = self._current_twin().run(args, kwargs, lambda _: torch.zeros(()), conditions)
+        self._twin = Twin.current(self._twin, self._model, [])
+        output, _ = self._twin.run(args, kwargs, lambda _: torch.zeros(()), conditions)
         return map_tensors(Tensor.detach, output)
-
-    def _current_twin(self) -> Twin:
-        """Return the twin, made anew where the model has changed."""
-        if self._twin is None or not self._twin.is_current():
-            self._twin = Twin(self._model, [])
-        return self._twin
 
     def _power_iteration(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
         """Return a unit vector close to the eigenvector, and the Hessian times it, which has a graph."""

@@ -322,6 +322,10 @@ class FlatKFAC(OptimizerWrapper):
             _warn_of_memory(error, call.batch_size, self._options.batch_fraction)
             return
         self._forget_calls()
+        self._take_over(parameters, gradient)
+
+    def _take_over(self, parameters: list[nn.Parameter], gradient: RadiusGradient) -> None:
+        """Make the penalty's gradient from that of rho; all of it is zero where any of it is not finite."""
         weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
         found = {p: weights[p] * g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
         self._penalty_norm = get_total_norm(list(found.values())).to(gradient.rho.device)

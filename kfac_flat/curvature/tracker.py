@@ -306,9 +306,10 @@ class RadiusTracker:
 
     def _current_twin(self) -> Twin:
         """Return the twin, made anew where the model has changed."""
-        if self._twin is None or not self._twin.is_current():
-            self._twin, self._checked = Twin(self._model, self.names), set()
-        return self._twin
+        twin = Twin.current(self._twin, self._model, self.names)
+        if twin is not self._twin:
+            self._twin, self._checked = twin, set()
+        return twin
 
     def _leave_out(self, names: Iterable[str], reason: str) -> None:
         """Follow these layers no longer."""

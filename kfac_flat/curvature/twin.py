@@ -71,6 +71,11 @@ class Twin:
             extend(layer)
         self._extension = LayerDataExtension({type(layer) for layer in self.layers.values()})
 
+    @classmethod
+    def current(cls, twin: Twin | None, model: nn.Module, names: Iterable[str]) -> Twin:
+        """Return a twin that was made before if the model has not changed since, otherwise a new one."""
+        return twin if twin is not None and twin.is_current() else cls(model, names)
+
     def is_current(self) -> bool:
         """Tell whether the model still has the parameters and buffers that the twin was made from."""
         return self._fingerprint == _fingerprint(self._original)
