@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,7 +31,7 @@ from torch.nn import functional as F
 
 import kfac_flat
 from benchmarks.methods import METHODS, Method
-from benchmarks.records import Record, append, circumstances, command_line, progress_bar, read_records
+from benchmarks.records import Record, circumstances, command_line, identity, in_file_of_task, make_missing
 from benchmarks.tasks import TASKS, Task, accuracy
 from examples.digits import Images, synchronize, whole
 from kfac_flat import Size
@@ -138,9 +137,7 @@ def sharpness(model: nn.Module, images: Tensor, labels: Tensor, noise: float = 0
 # ---------------------------------------------------------------- all runs
 
 
-def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two runs the same run."""
-    return tuple(record[name] for name in ("task", "method", "sparsity", "seed", "epochs"))
+IDENTITY = ("task", "method", "sparsity", "seed", "epochs")
 
 
 def planned(options: argparse.Namespace) -> Iterator[Record]:
@@ -154,24 +151,22 @@ def planned(options: argparse.Namespace) -> Iterator[Record]:
 
 
 def run_all(options: argparse.Namespace, console: Console) -> None:
-    """Make the runs that are missing, each written down when it is done."""
-    files = {task: options.out / f"{task}.jsonl" for task in options.task}
-    there = {identity(record) for file in files.values() for record in read_records(file)}
-    missing = [record for record in planned(options) if identity(record) not in there]
+    """Make the runs that are missing."""
     data = cache(lambda name: loaded(TASKS[name], options.data_root, options.device))
+
+    def make(record: Record, advance: Callable[[float], None]) -> Record:
+        task, name, sparsity, seed, epochs = identity(record, IDENTITY)
+        return run(
+            *(TASKS[task], METHODS[name], sparsity, seed, epochs, data(task)), on_epoch=lambda: advance(1 / epochs)
+        )
+
     about = circumstances(options.command, options.threads, options.device, ("torch", "torchvision"))
-    with progress_bar(console) as progress:
-        bar = progress.add_task("", total=sum(record["epochs"] for record in missing))
-        for record in missing:
-            task, name, sparsity, seed, epochs = identity(record)
-            label = f"{task} {sparsity} {seed} {name}"
-            progress.update(bar, description=label)
-            found = run(
-                *(TASKS[task], METHODS[name], sparsity, seed, epochs, data(task)), lambda: progress.advance(bar)
-            )
-            append(files[task], record | found | about)
-            short = f", {found['missed']:.1%} less removed than asked for" if found["missed"] > TOLERATED else ""
-            console.print(f"{label}: {found['accuracy']:.2f} %, {found['seconds']:.1f} s{short}", soft_wrap=True)
+    make_missing(
+        *(planned(options), IDENTITY, in_file_of_task(options.out), make, about, console),
+        notes=lambda found: (
+            f", {found['missed']:.1%} less removed than asked for" if found["missed"] > TOLERATED else ""
+        ),
+    )
 
 
 def loaded(task: Task, root: Path | None, device: str) -> tuple[Images, Images]:

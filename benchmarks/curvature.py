@@ -16,11 +16,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,7 +30,15 @@ from benchmarks import curvature_page
 from benchmarks.accuracy import sharpness
 from benchmarks.defaults import SGD, SMALL_TASKS, optimizer_of
 from benchmarks.hessian import TrueCurvature, largest_eigenvalue
-from benchmarks.records import Record, append, circumstances, command_line, progress_bar, read_records
+from benchmarks.records import (
+    Record,
+    circumstances,
+    command_line,
+    identity,
+    in_file_of_task,
+    make_missing,
+    read_records,
+)
 from benchmarks.tasks import Task, accuracy
 from examples.digits import Images, whole
 
@@ -151,9 +158,7 @@ def expected_radii(model: nn.Module, images: Tensor) -> dict[str, float]:
 # ---------------------------------------------------------------- all runs
 
 
-def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two runs the same run."""
-    return tuple(record[name] for name in ("task", "setting", "seed", "epochs"))
+IDENTITY = ("task", "setting", "seed", "epochs")
 
 
 def planned(options: argparse.Namespace) -> Iterator[Record]:
@@ -166,23 +171,16 @@ def planned(options: argparse.Namespace) -> Iterator[Record]:
 
 
 def run_all(options: argparse.Namespace, console: Console) -> None:
-    """Make the runs that are missing, each written down when it is done."""
+    """Make the runs that are missing."""
     options.out.mkdir(parents=True, exist_ok=True)
-    files = {task: options.out / f"{task}.jsonl" for task in options.tasks}
-    there = {identity(record) for file in files.values() for record in read_records(file)}
-    missing = [record for record in planned(options) if identity(record) not in there]
     data = cache(lambda name: TASKS[name].load(options.data_root))
+
+    def make(record: Record, advance: Callable[[float], None]) -> Record:
+        task, setting, seed, epochs = identity(record, IDENTITY)
+        return run(TASKS[task], setting, seed, epochs, data(task))
+
     about = circumstances(options.command, options.threads)
-    with progress_bar(console) as progress:
-        bar = progress.add_task("", total=len(missing))
-        for record in missing:
-            task, setting, seed, epochs = identity(record)
-            label = f"{task} {seed} {setting}"
-            progress.update(bar, description=label)
-            found = run(TASKS[task], setting, seed, epochs, data(task))
-            append(files[task], record | found | about)
-            progress.advance(bar)
-            console.print(f"{label}: {found['accuracy']:.2f} %, {found['seconds']:.1f} s")
+    make_missing(planned(options), IDENTITY, in_file_of_task(options.out), make, about, console)
 
 
 # ---------------------------------------------------------------- the command

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -33,7 +33,17 @@ from baselines import SAM
 from benchmarks import policy
 from benchmarks.accuracy import run, share
 from benchmarks.methods import Method
-from benchmarks.records import Record, append, circumstances, command_line, how_made, progress_bar, read_records, spread
+from benchmarks.records import (
+    Record,
+    circumstances,
+    command_line,
+    how_made,
+    identity,
+    in_file_of_task,
+    make_missing,
+    read_records,
+    spread,
+)
 from benchmarks.tasks import CRITERION, TASKS, load_mnist
 from examples.digits import Images
 from kfac_flat import FlatKFAC
@@ -94,9 +104,7 @@ SMALL_TASKS = {
 # ---------------------------------------------------------------- all runs
 
 
-def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two runs the same run."""
-    return tuple(record[name] for name in ("task", "setting", "sparsity", "seed"))
+IDENTITY = ("task", "setting", "sparsity", "seed")
 
 
 def planned(options: argparse.Namespace) -> Iterator[Record]:
@@ -109,22 +117,16 @@ def planned(options: argparse.Namespace) -> Iterator[Record]:
 
 
 def run_all(options: argparse.Namespace, console: Console) -> None:
-    """Make the runs that are missing, each written down when it is done."""
-    files = {task: options.out / f"{task}.jsonl" for task in options.tasks}
-    there = {identity(record) for file in files.values() for record in read_records(file)}
-    missing = [record for record in planned(options) if identity(record) not in there]
+    """Make the runs that are missing."""
     data = cache(lambda name: SMALL_TASKS[name].load(options.data_root))
+
+    def make(record: Record, advance: Callable[[float], None]) -> Record:
+        name, setting, sparsity, seed = identity(record, IDENTITY)
+        task = SMALL_TASKS[name]
+        return run(task, Method(optimizer_of(setting)), sparsity, seed, task.epochs, data(name))
+
     about = circumstances(options.command, options.threads)
-    with progress_bar(console) as progress:
-        bar = progress.add_task("", total=len(missing))
-        for record in missing:
-            name, setting, sparsity, seed = identity(record)
-            task, label = SMALL_TASKS[name], f"{name} {sparsity} {seed} {setting}"
-            progress.update(bar, description=label)
-            found = run(task, Method(optimizer_of(setting)), sparsity, seed, task.epochs, data(name))
-            append(files[name], record | found | about)
-            progress.advance(bar)
-            console.print(f"{label}: {found['accuracy']:.2f} %, {found['seconds']:.1f} s", soft_wrap=True)
+    make_missing(planned(options), IDENTITY, in_file_of_task(options.out), make, about, console)
 
 
 # ---------------------------------------------------------------- what is told

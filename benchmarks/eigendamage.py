@@ -17,8 +17,9 @@ import argparse
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, lru_cache
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -34,7 +35,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from baselines import ChannelOBDPruner, ChannelOBSPruner, EigenDamagePruner, KronOBDPruner, KronOBSPruner
 from benchmarks.policy import by_seed
-from benchmarks.records import Record, append, circumstances, command_line, how_made, progress_bar, read_records, spread
+from benchmarks.records import Record, circumstances, command_line, how_made, make_missing, read_records, spread
 from benchmarks.tasks import CifarNet, load_small_cifar
 from examples import digits
 from examples.digits import Images, accuracy
@@ -177,44 +178,35 @@ def prune(record: Record, dense: Dense, train_set: Images, test_set: Images) -> 
 # ---------------------------------------------------------------- all runs
 
 
-def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two runs the same run."""
-    return tuple(record[name] for name in IDENTITY)
-
-
 def planned(options: argparse.Namespace) -> Iterator[Record]:
     """Name the runs asked for; those that start from the same trained network come one after the other."""
-    common = {name: getattr(options, name) for name in ("width", "epochs", "tuning", "seen", "fisher")}
     for seed in options.seeds:
         for network in options.networks:
             for level in options.levels:
                 for passes in options.passes:
                     for method in options.methods:
                         which = {"network": network, "method": method, "passes": passes, "level": level, "seed": seed}
-                        yield which | common
+                        yield which | settings(options)
+
+
+def settings(options: argparse.Namespace) -> Record:
+    """What all runs have in common."""
+    return {name: getattr(options, name) for name in ("width", "epochs", "tuning", "seen", "fisher")}
 
 
 def run_all(options: argparse.Namespace, console: Console) -> None:
-    """Make the runs that are missing, each written down when it is done."""
-    there = {identity(record) for record in read_records(options.runs)}
-    missing = [record for record in planned(options) if identity(record) not in there]
-    if not missing:
-        return
-    train_set, test_set = load_small_cifar(options.data_root)
-    about, trained, dense = circumstances(options.command, options.threads), None, None
-    with progress_bar(console) as progress:
-        bar = progress.add_task("", total=len(missing))
-        for record in missing:
-            label = " ".join(str(record[name]) for name in ("network", "seed", "level", "passes", "method"))
-            progress.update(bar, description=label)
-            if dense is None or trained != (record["network"], record["seed"]):
-                trained, dense = (record["network"], record["seed"]), pretrain(record, train_set, test_set)
-            found = prune(record, dense, train_set, test_set)
-            append(options.runs, record | found | about)
-            progress.advance(bar)
-            if not console.is_terminal:
-                told = f"{label}: {found['accuracy']:.2f} % of {dense.accuracy:.2f} %, {found['seconds']:.1f} s"
-                console.print(told, soft_wrap=True)
+    """Make the runs that are missing."""
+    data = cache(lambda: load_small_cifar(options.data_root))
+
+    @lru_cache(1)  # runs that start from the same trained network come one after the other
+    def dense(network: str, seed: int) -> Dense:
+        return pretrain({"network": network, "seed": seed, **settings(options)}, *data())
+
+    def make(record: Record, advance: Callable[[float], None]) -> Record:
+        return prune(record, dense(record["network"], record["seed"]), *data())
+
+    about = circumstances(options.command, options.threads)
+    make_missing(planned(options), IDENTITY, lambda _: options.runs, make, about, console)
 
 
 # ---------------------------------------------------------------- the report

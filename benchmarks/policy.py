@@ -21,7 +21,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -36,7 +36,16 @@ from torch import nn
 from torch.optim import SGD
 
 from benchmarks import tasks
-from benchmarks.records import Record, append, circumstances, command_line, how_made, progress_bar, read_records, spread
+from benchmarks.records import (
+    Record,
+    circumstances,
+    command_line,
+    how_made,
+    identity,
+    make_missing,
+    read_records,
+    spread,
+)
 from benchmarks.tasks import CifarNet, Task, accuracy, load_small_cifar
 from examples import digits
 from examples.digits import Images, dense_size
@@ -155,9 +164,7 @@ def run(
 # ---------------------------------------------------------------- all runs
 
 
-def identity(record: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What makes two runs the same run."""
-    return tuple(record[name] for name in ("task", "policy", "level", "seed", "epochs"))
+IDENTITY = ("task", "policy", "level", "seed", "epochs")
 
 
 def planned(options: argparse.Namespace) -> Iterator[Record]:
@@ -171,22 +178,15 @@ def planned(options: argparse.Namespace) -> Iterator[Record]:
 
 
 def run_all(options: argparse.Namespace, console: Console) -> None:
-    """Make the runs that are missing, each written down when it is done."""
-    there = {identity(record) for record in read_records(options.runs)}
-    missing = [record for record in planned(options) if identity(record) not in there]
+    """Make the runs that are missing."""
     data = cache(lambda name: TASKS[name].load(options.data_root))
+
+    def make(record: Record, advance: Callable[[float], None]) -> Record:
+        task, policy, level, seed, epochs = identity(record, IDENTITY)
+        return run(TASKS[task], Policy.read(policy), level, seed, epochs, *data(task))
+
     about = circumstances(options.command, options.threads)
-    with progress_bar(console) as progress:
-        bar = progress.add_task("", total=len(missing))
-        for record in missing:
-            label = " ".join(str(record[name]) for name in ("task", "level", "seed", "policy"))
-            progress.update(bar, description=label)
-            task, policy = TASKS[record["task"]], Policy.read(record["policy"])
-            found = run(task, policy, record["level"], record["seed"], record["epochs"], *data(record["task"]))
-            append(options.runs, record | found | about)
-            progress.advance(bar)
-            if not console.is_terminal:
-                console.print(f"{label}: {found['accuracy']:.2f} %, {found['seconds']:.1f} s", soft_wrap=True)
+    make_missing(planned(options), IDENTITY, lambda _: options.runs, make, about, console)
 
 
 # ---------------------------------------------------------------- the report

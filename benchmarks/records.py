@@ -9,7 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +46,52 @@ def append(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line, in one write, so that runs going on at the same time may share a file."""
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def make_missing(
+    planned: Iterable[Record],
+    names: Sequence[str],
+    file_of: Callable[[Record], Path],
+    make: Callable[[Record, Callable[[float], None]], Record],
+    about: Record,
+    console: Console,
+    notes: Callable[[Record], str] = lambda _: "",
+) -> None:
+    """Make the runs that are not there yet, each written down and told of when it is done.
+
+    Args:
+        planned: What is to be run, in this order.
+        names: The entries that make two runs the same run.
+        file_of: Where a run is written down.
+        make: Makes a run, and returns what came of it, ``accuracy`` and ``seconds`` among it. By its second argument it
+            may tell that a share of it is done.
+        about: Circumstances of all runs.
+        console: Where progress and results are shown.
+        notes: What is told of a result besides.
+    """
+    planned = list(planned)
+    there = {identity(record, names) for file in {*map(file_of, planned)} for record in read_records(file)}
+    missing = [record for record in planned if identity(record, names) not in there]
+    with progress_bar(console) as progress:
+        bar = progress.add_task("", total=len(missing))
+        for number, record in enumerate(missing, 1):
+            label = " ".join(map(str, identity(record, names)))
+            progress.update(bar, description=label)
+            found = make(record, lambda share: progress.advance(bar, share))
+            append(file_of(record), record | found | about)
+            progress.update(bar, completed=number)
+            told = f"{label}: {found['accuracy']:.2f} %, {found['seconds']:.1f} s{notes(found)}"
+            console.print(told, soft_wrap=True, highlight=False)
+
+
+def in_file_of_task(folder: Path) -> Callable[[Record], Path]:
+    """Write each task's runs down in a file of its own."""
+    return lambda record: folder / f"{record['task']}.jsonl"
+
+
+def identity(record: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
+    """Return the entries that make two runs the same run."""
+    return tuple(record[name] for name in names)
 
 
 def command_line(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, data_root: Path | None) -> str:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from benchmarks import accuracy, tasks
 from benchmarks.methods import METHODS, in_parameters
-from benchmarks.records import read_records
+from benchmarks.records import identity, read_records
 from benchmarks.tasks import TASKS, Task
 from examples.digits import DigitsNet, Images
 from kfac_flat import FlatKFAC
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_says_what_came_of_it_and_how_it_was_made(folder: Path) -> None:
     (run,) = read_records(folder / "digits.jsonl")
-    assert accuracy.identity(run) == ("digits", "theta", 0.75, 0, 2)
+    assert identity(run, accuracy.IDENTITY) == ("digits", "theta", 0.75, 0, 2)
     assert run["neurons"] == pytest.approx(DENSE / 4, abs=2)
     assert run["neurons"] == sum(run["widths"].values()) - 10
     assert run["parameters"] < 77_290 / 4

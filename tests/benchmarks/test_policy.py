@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks import policy, tasks
 from benchmarks.policy import TASKS, Policy
+from benchmarks.records import identity
 from examples.digits import Images
 from kfac_flat import FlatKFAC, NeuronPruner
 
@@ -34,7 +35,7 @@ def test_runs_are_written_down_with_their_circumstances_and_not_repeated(tmp_pat
     assert first["parameters"] < 77_290 / 4
     assert first["macs"] < 2_116_224 / 4
     assert 5 < first["accuracy"] <= 100
-    assert policy.identity(first) == ("digits", "plain", 0.75, 0, 2)
+    assert identity(first, policy.IDENTITY) == ("digits", "plain", 0.75, 0, 2)
     assert first["versions"]["torch"] == torch.__version__
     assert first["threads"] == 1
     assert first["hardware"]
