@@ -10,6 +10,7 @@ from kfac_flat.curvature.measure import spectral_radii
 from kfac_flat.distributed import rewrap
 from kfac_flat.optimizer import FlatKFAC
 from kfac_flat.pruning.errors import CutError
+from kfac_flat.pruning.registration import register_rule
 from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.scheduler import NeuronPruner
 from kfac_flat.pruning.surgery import shrink
@@ -21,6 +22,7 @@ __all__ = [
     "PruneReport",
     "Size",
     "likelihood",
+    "register_rule",
     "rewrap",
     "shrink",
     "spectral_radii",

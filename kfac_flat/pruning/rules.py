@@ -576,6 +576,9 @@ SIZED = {
 # Functions of other packages, by their full name, so that they need not be installed.
 NAMED_RULES: dict[str, Rule] = {"torchvision.ops.stochastic_depth.stochastic_depth": _same_shape}
 
+# Rules that users have registered for modules of their own, by the exact class (``registration.py``).
+REGISTERED_MODULES: dict[type[nn.Module], Rule] = {}
+
 # Rules of operations that multiply activations with each other.
 PRODUCTS = (_matmul, _einsum, _attention, _attend)
 
@@ -588,11 +591,23 @@ def find(target: Any) -> Rule | None:
     if isinstance(target, str):
         return METHOD_RULES.get(target)
     if isinstance(target, nn.Module):
-        return MODULE_RULES.get(type(target))
+        return MODULE_RULES.get(type(target)) or _registered(target)
     if isinstance(target, type) and issubclass(target, tuple):
         return _record
     name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
-    return FUNCTION_RULES.get(target) or NAMED_RULES.get(name)
+    operator_of_all_overloads = getattr(target, "overloadpacket", target)
+    return FUNCTION_RULES.get(target) or FUNCTION_RULES.get(operator_of_all_overloads) or NAMED_RULES.get(name)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Tell whether a module is one operation, whose code is not looked into: it has channels, or a registered rule."""
+    return layers.has_channels(module) or _registered(module) is not None
+
+
+def _registered(module: nn.Module) -> Rule | None:
+    """Return the rule that a user has registered for the module's class, unless a cut might have to reach inside."""
+    holds_scalars_only = all(t.numel() == 1 for t in (*module.parameters(), *module.buffers()))
+    return REGISTERED_MODULES.get(type(module)) if holds_scalars_only else None
 
 
 def keeps_shape(target: Any) -> bool:
