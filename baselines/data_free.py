@@ -100,10 +100,10 @@ def cut_off(saliencies: Tensor) -> float:
 class DataFreePruner(NeuronPruner):
     """Merge the neurons of fully connected layers that are most alike, needing neither data nor training.
 
-    A neuron's score is the saliency at which it goes into another one (:func:`merges`), or that of those that go before
-    it where that is more; all else is as in NeuronPruner. What it leaves changes: where neurons i and j become one, the
-    layers that read them read i by the sum of both weights. Saliencies of different layers are bounds on changes in
-    different places; ``normalize`` or ``ranking="layer"`` puts them on one scale.
+    A neuron's score is the saliency at which it goes into another one (``merges`` in this module), or that of those
+    that go before it where that is more; all else is as in NeuronPruner. What it leaves changes: where neurons i and j
+    become one, the layers that read them read i by the sum of both weights. Saliencies of different layers are bounds on
+    changes in different places; ``normalize`` or ``ranking="layer"`` puts them on one scale.
 
     Neurons of a Linear layer take part where nothing but element-wise functions lies between them and the Linear layers
     that read them; all others stay. No optimizer step is needed before a removal.
@@ -112,8 +112,8 @@ class DataFreePruner(NeuronPruner):
         model: As for NeuronPruner, like all that follows.
         optimizer: Its state for what is left stays as it is.
         example_inputs: What the model is called with.
-        cut_off: Whether neurons stay whose saliency lies above the mode of their layer's (:func:`cut_off`), so that
-            ``target`` is no more than a bound.
+        cut_off: Whether neurons stay whose saliency lies above the mode of their layer's (``cut_off`` in this module),
+            so that ``target`` is no more than a bound.
         options: Options of NeuronPruner; ``keep_removed`` is not among them, since a merge is not undone by putting
             the neuron back.
 

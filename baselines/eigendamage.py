@@ -57,9 +57,9 @@ class EigenDamagePruner:
     without projection all stay. Layers that form the model's output stay whole, as in the authors' implementation, and
     so does what :attr:`frozen` names. Biases are not rotated, and a BatchNorm behind a layer stays as it is.
 
-    It is stepped once an epoch like :class:`NeuronPruner`, and its reports read alike; "neurons" are directions there,
-    the widths ``name.in`` and ``name.out`` are a layer's input and output directions, and removed positions count from
-    the smallest eigenvalue of the bases as they were before the removal.
+    It is stepped once an epoch like :class:`kfac_flat.NeuronPruner`, and its reports read alike; "neurons" are
+    directions there, the widths ``name.in`` and ``name.out`` are a layer's input and output directions, and removed
+    positions count from the smallest eigenvalue of the bases as they were before the removal.
 
     Weights that are rotated become new Parameters in the same parameter group, in the old one's place, with no
     optimizer state: momentum starts from zero. The bias stays the same Parameter and keeps its state. All this is for
@@ -67,9 +67,9 @@ class EigenDamagePruner:
 
     Args:
         model: The model being trained.
-        optimizer: Any torch optimizer over its parameters but :class:`FlatKFAC`, which follows fixed layers.
-        example_inputs: What the model is called with, as for :class:`NeuronPruner`.
-        data: Batches, as a DataLoader yields them; see :func:`baselines.fisher.fisher_statistics`. Of the same size as
+        optimizer: Any torch optimizer over its parameters but :class:`kfac_flat.FlatKFAC`, which follows fixed layers.
+        example_inputs: What the model is called with, as for :class:`kfac_flat.NeuronPruner`.
+        data: Batches, as a DataLoader yields them; see ``baselines.fisher.fisher_statistics``. Of the same size as
             the example inputs.
         target: Share of the budget to remove in the end, in (0, 1).
         budget: What ``target`` is a share of: "parameters", "macs" or "neurons" (directions). With "neurons" it says
@@ -77,13 +77,13 @@ class EigenDamagePruner:
         start: Epochs of training before the first removal.
         every: Epochs from one removal to the next.
         events: Number of removals.
-        pace: "linear" or "cubic", as for :class:`NeuronPruner`.
+        pace: "linear" or "cubic", as for :class:`kfac_flat.NeuronPruner`.
         max_step: Share of the directions of each side of a layer that go at most in one removal; None for 0.95 of a
             single removal and 0.5 of each of several, as in the paper.
         basis: Whether a convolution's input directions are those of its "channels" (projection 1 x 1, core with the
             kernel), or of its "patches" (projection with the kernel, core 1 x 1).
         ignore: Layers that stay: names (shell patterns allowed) or classes.
-        likelihood: What the model's output means, as for :class:`FlatKFAC`.
+        likelihood: What the model's output means, as for :class:`kfac_flat.FlatKFAC`.
         seed: Of the labels drawn.
 
     Attributes:

@@ -36,7 +36,7 @@ class HybridPruner(NeuronPruner):
         example_inputs: What the model is called with.
         taylor: The pruner that chooses first: a subclass of NeuronPruner.
         threshold: Share of the neurons left, in [0, 1], above which it chooses: 1 for never, 0 for always. See
-            :class:`ThresholdPredictor`.
+            :class:`~baselines.hybrid.ThresholdPredictor`.
         taylor_options: Options of its own.
         options: Options of NeuronPruner, for both.
 
@@ -174,7 +174,7 @@ class ThresholdPredictor:
         self._fitted = False
 
     def fit(self, tasks: Sequence[Statistics], thresholds: Sequence[float]) -> ThresholdPredictor:
-        """Learn from experiments, each task with its best threshold (:func:`best_threshold`).
+        """Learn from experiments, each task with its best threshold (:func:`~baselines.hybrid.best_threshold`).
 
         Raises:
             ValueError: if there are fewer than two, or not as many thresholds as tasks.

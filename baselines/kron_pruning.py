@@ -154,13 +154,13 @@ class CurvaturePruner(LayerwisePruner):
     run of several processes all must be given the same data in the same order.
 
     Args:
-        model: See :class:`NeuronPruner`.
+        model: See :class:`kfac_flat.NeuronPruner`.
         optimizer: See there.
         example_inputs: See there.
-        data: Batches, as a DataLoader yields them; see :func:`baselines.fisher.fisher_statistics`.
-        likelihood: What the model's output means, as for :class:`FlatKFAC`.
+        data: Batches, as a DataLoader yields them; see ``baselines.fisher.fisher_statistics``.
+        likelihood: What the model's output means, as for :class:`kfac_flat.FlatKFAC`.
         seed: Of the labels drawn.
-        ignore: See :class:`NeuronPruner`.
+        ignore: See :class:`kfac_flat.NeuronPruner`.
         options: All others, see there.
     """
 
@@ -262,7 +262,7 @@ class SurgeonPruner(CurvaturePruner):
         return [_writing(getattr(layer, name), select(t, selections[name])) for name, t in whole.items()]
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Cut the fresh dense model as :meth:`NeuronPruner.load_state_dict` does; its weights are loaded afterwards."""
+        """Cut the fresh dense model as :meth:`kfac_flat.NeuronPruner.load_state_dict` does; then load its weights."""
         self._statistics = {}
         super().load_state_dict(state_dict)
 

@@ -101,8 +101,8 @@ class TaylorPruner(FeatureMapPruner):
     gradient scaler, all scores have a common factor, which the norm takes out as well.
 
     The paper trains to the end and then removes one neuron every so many updates: with ``neurons_per_event=1`` and
-    ``start=1``, call :meth:`step` for the first time when training is over, and from then on after every so many
-    updates; or give the last epoch as ``start`` and call it once an epoch, as usual.
+    ``start=1``, call ``step()`` for the first time when training is over, and from then on after every so many updates;
+    or give the last epoch as ``start`` and call it once an epoch, as usual.
 
     Args:
         arguments: As of NeuronPruner.

@@ -24,7 +24,7 @@ from kfac_flat.structure import unwrap
 
 @dataclass(frozen=True)
 class WeightReport:
-    """What :meth:`WeightPruner.step` has done.
+    """What :meth:`~baselines.weight.WeightPruner.step` has done.
 
     Attributes:
         epoch: The epoch that it ended, from 1.
@@ -201,7 +201,7 @@ class WeightPruner(ABC):
 
 
 class MagnitudeWeightPruner(WeightPruner):
-    """Remove the weights with the smallest absolute value; all else is as in :class:`WeightPruner`.
+    """Remove the weights with the smallest absolute value; all else is as in :class:`~baselines.weight.WeightPruner`.
 
     Example:
         >>> model = nn.Linear(3, 1)

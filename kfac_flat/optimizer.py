@@ -244,7 +244,7 @@ class FlatKFAC(OptimizerWrapper):
         return {**self._unread, **self._tracker.skipped}
 
     def input_mask_gradients(self) -> dict[nn.Parameter, Tensor]:
-        """Gradient of the penalty at masks on layers' inputs, through A alone (see :class:`NeuronPruner`).
+        """Gradient of the penalty at masks on layers' inputs, through A alone (see :class:`kfac_flat.NeuronPruner`).
 
         Returns:
             For the weight of each layer that the penalty currently acts on, ``[C_in]``.

@@ -153,8 +153,9 @@ class PruneReport:
         """Return what a logger draws over the epochs: sparsity, sizes and widths as they are afterwards.
 
         Returns:
-            By name: ``pruning/sparsity``, ``pruning/neurons``, ``pruning/parameters``, ``pruning/macs``,
-            ``pruning/latency`` where it is the budget, and ``pruning/width/<layer>`` for each layer. For TensorBoard::
+            Values by name, which are ``pruning/sparsity``, ``pruning/neurons``, ``pruning/parameters``,
+            ``pruning/macs``, ``pruning/latency`` where it is the budget, and ``pruning/width/<layer>`` for each layer.
+            For TensorBoard::
 
                 for name, value in report.scalars().items():
                     writer.add_scalar(name, value, report.epoch)

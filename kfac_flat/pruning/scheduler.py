@@ -208,7 +208,7 @@ class NeuronPruner:
 
     @property
     def survivors(self) -> dict[str, Tensor]:
-        """Output channels that are left of every Linear and convolution: ``int64`` positions in the ORIGINAL layer.
+        """Output channels left of every Linear and convolution, by name, as ``int64`` positions in the ORIGINAL layer.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 1, bias=False))
