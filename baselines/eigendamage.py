@@ -461,7 +461,9 @@ def _shaped(model: nn.Module, manifest: Mapping[str, Any]) -> dict[str, RotatedL
         layer = RotatedLayer(module, by_patch=entry["by_patch"])
         d_in, d_out = layer.present
         if not (0 < entry["in"] <= d_in and 0 < entry["out"] <= d_out):
-            raise CutError(f"{name} has {d_in} and {d_out} directions, fewer than the manifest keeps")
+            raise CutError(
+                f"{name} has {d_in} and {d_out} directions, fewer than the manifest keeps: is it the dense one?"
+            )
         kept = torch.arange(entry["in"]), torch.arange(entry["out"])
         layers[name] = layer.without(Eigenbasis.trivial(d_in, d_out), *kept)
     return layers

@@ -225,7 +225,7 @@ def best_threshold(left: Sequence[float], taylor: Sequence[float], hgnp: Sequenc
     """
     runs = sorted(zip(left, taylor, hgnp, strict=True))
     if len(runs) < 2:
-        raise ValueError("an area takes at least two shares")
+        raise ValueError("an area takes at least two shares: give the accuracies of both runs at each of them")
     shares = [share for share, _, _ in runs]
     candidates = [1.0, *((a + b) / 2 for a, b in itertools.pairwise(reversed(shares))), 0.0]
     return max(candidates, key=lambda threshold: area(shares, [t if s > threshold else h for s, t, h in runs]))

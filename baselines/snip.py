@@ -86,7 +86,9 @@ def connection_sensitivity(
         raise ValueError("SNIP needs at least one batch (x, y) of training data")
     found = {name: (w.detach() * total[name] / count).abs() for name, w in weights.items()}
     if not all(bool(s.isfinite().all()) for s in found.values()):
-        raise ValueError("the loss, or its gradient, is not finite on the batches given")
+        raise ValueError(
+            "the loss, or its gradient, is not finite on the batches given: look for inf and nan in data and weights"
+        )
     return found
 
 

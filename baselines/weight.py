@@ -194,7 +194,9 @@ class WeightPruner(ABC):
         masks = state_dict["masks"]
         shapes = {name: mask.shape for name, mask in masks.items()}
         if shapes != {name: w.shape for name, w in self._weights.items()}:
-            raise ValueError("the state belongs to another model: its masks fit other weights")
+            raise ValueError(
+                "the state belongs to another model: its masks fit other weights. Load it with the same ignore="
+            )
         self.masks = {name: masks[name].to(w.device, copy=True) for name, w in self._weights.items()}
         self._epoch, self._event = state_dict["epoch"], state_dict["event"]
         self.apply()

@@ -248,7 +248,10 @@ class RadiusTracker:
         """
         for name, v in state["eigenvectors"].items():
             if name not in self._order:
-                raise ValueError(f"the checkpoint follows a layer {name!r} that this optimizer does not")
+                raise ValueError(
+                    f"the checkpoint follows a layer {name!r} that this optimizer does not: make it for the same "
+                    "model, with the same layers="
+                )
             if not Eigenvectors(v["A"], v["G"]).fits(self._layer(name)):
                 raise ValueError(
                     f"layer {name!r} has another shape than in the checkpoint: "

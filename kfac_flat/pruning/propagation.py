@@ -94,10 +94,13 @@ class Propagation(DryRun):
         if n.op == "get_attr" and n.users:
             self._table.used_elsewhere(str(n.target))
             self._compare_constant(n)
-        if n.op in ("placeholder", "get_attr") or not _any_tensor((args, kwargs)):
+        if n.op in ("placeholder", "get_attr"):
             return map_tensors(lambda t: fixed(t.shape), result)
         if not _any_tensor(result):
             return result  # a size or a number
+        if not _any_tensor((args, kwargs)):  # a new tensor, made of numbers
+            self._compare_numbers(n, args, kwargs)
+            return map_tensors(lambda t: fixed(t.shape), result)
         try:
             return self._apply_rule(n, args, kwargs, result)
         except rules.NoRuleError as error:

@@ -131,7 +131,10 @@ class Saliency:
             ValueError: if it was given for another number of groups.
         """
         if len(state["total"]) != len(self.total):  # type: ignore[arg-type]
-            raise ValueError("the state's saliency belongs to another number of groups than this model has")
+            raise ValueError(
+                "the state's saliency belongs to another number of groups than this model has: make the pruner as it "
+                "was made for the run that is resumed, with the same ignore="
+            )
         self.total.copy_(state["total"])  # type: ignore[arg-type]
         self.steps.copy_(state["steps"])  # type: ignore[arg-type]
         self._without_gradient = set(state["without_gradient"])  # type: ignore[call-overload]

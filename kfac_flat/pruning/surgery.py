@@ -74,9 +74,9 @@ def module_cut(module: nn.Module | layers.SizeAttribute, kept: Kept) -> ModuleCu
         per_group = module.in_channels // module.groups
         columns = inputs[inputs < per_group]
         if not torch.equal(torch.cat([columns + g * per_group for g in range(module.groups)]), inputs):
-            raise CutError(f"the groups of {module} would lose different input channels")
+            raise CutError(f"the groups of {module} would lose different input channels, and they must stay alike")
         if len(outputs) % module.groups:
-            raise CutError(f"the groups of {module} would have outputs of unequal number")
+            raise CutError(f"the groups of {module} would have outputs of unequal number, and they must stay alike")
         return ModuleCut({"weight": {0: outputs, 1: columns}, "bias": {0: outputs}}, attributes)
     raise CutError(f"{type(module).__name__} has no rule for cutting")
 
@@ -106,7 +106,7 @@ def _whole_blocks(positions: Tensor, length: int, what: str) -> Tensor:
     """
     blocks = positions[::length] // length
     if not torch.equal((blocks[:, None] * length + torch.arange(length)).flatten(), positions):
-        raise CutError(f"{what} would be cut in part")
+        raise CutError(f"{what} would be cut in part, and can only go as a whole")
     return blocks
 
 

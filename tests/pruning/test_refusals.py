@@ -86,6 +86,16 @@ def scaled_by_attribute(net: Any, x: Tensor) -> Tensor:
     return net.head(F.relu(net.b(net.a(x) * (1.0 / net.a.out_features))))
 
 
+def scaled_by_what_is_made_of_the_width(net: Any, x: Tensor) -> Tensor:
+    x = net.a(x)
+    return net.head(F.relu(net.b(x * torch.full((1,), x.size(1), dtype=x.dtype))))
+
+
+def scaled_by_how_many_there_are(net: Any, x: Tensor) -> Tensor:
+    x = net.a(x)
+    return net.head(F.relu(net.b(x * torch.arange(x.shape[1]).sum())))
+
+
 def sized_by_another_layer(net: Any, x: Tensor) -> Tensor:
     a, b = net.a(x), net.b(x)
     b = b.view(x.size(0), a.size(1), -1)
@@ -280,6 +290,14 @@ REFUSED: dict[str, tuple[Case, dict[str, str] | None]] = {
     "narrowed_to_everything": (Case(convs(narrowed_to_everything), images), None),
     "scaled_by_width": (Case(linears(scaled_by_width), vectors), None),
     "scaled_by_attribute": (Case(linears(scaled_by_attribute), vectors), None),
+    "scaled_by_what_is_made_of_the_width": (
+        Case(linears(scaled_by_what_is_made_of_the_width), vectors),
+        {"a": "full(): computes with a number that depends on the number of neurons"},
+    ),
+    "scaled_by_how_many_there_are": (
+        Case(linears(scaled_by_how_many_there_are), vectors),
+        {"a": "arange(): computes with a number that depends on the number of neurons"},
+    ),
     "sized_by_another_layer": (
         Case(
             lambda: Net(sized_by_another_layer, a=conv(2, 8), b=conv(2, 8), c=nn.Linear(16, 20), head=nn.Linear(20, 3)),
