@@ -102,8 +102,8 @@ class DataFreePruner(NeuronPruner):
 
     A neuron's score is the saliency at which it goes into another one (``merges`` in this module), or that of those
     that go before it where that is more; all else is as in NeuronPruner. What it leaves changes: where neurons i and j
-    become one, the layers that read them read i by the sum of both weights. Saliencies of different layers are bounds on
-    changes in different places; ``normalize`` or ``ranking="layer"`` puts them on one scale.
+    become one, the layers that read them read i by the sum of both weights. Saliencies of different layers are bounds
+    on changes in different places; ``normalize`` or ``ranking="layer"`` puts them on one scale.
 
     Neurons of a Linear layer take part where nothing but element-wise functions lies between them and the Linear layers
     that read them; all others stay. No optimizer step is needed before a removal.
