@@ -18,15 +18,18 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3  # so that [text](page.md#heading) works, on the site and in a repository's view alike
 
-autodoc_class_signature = "separated"
+autodoc_class_signature = "mixed"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-# Names of other projects, whose pages would have to be fetched to link to them.
-nitpick_ignore_regex = [("py:.*", r"(torch|nn|collections|typing|os|pathlib|datetime)\..*")]
+# Names of other projects, whose pages would have to be fetched to link to them, and aliases of types.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|nn|collections|typing|os|pathlib)\..*"),
+    ("py:class", "Tensor|Optimizer|Schedule|Likelihood"),
+]
 
 html_theme = "furo"
 html_title = f"kfac-flat {version}"
