@@ -1,4 +1,4 @@
-"""Settings of the documentation, built by ``python -m sphinx -W docs docs/_build`` without a network."""
+"""Settings of the site, which ``python -m sphinx -W docs docs/_build`` builds offline."""
 
 from __future__ import annotations
 
@@ -12,21 +12,31 @@ import kfac_flat
 project = "kfac-flat"
 author = "the authors of kfac-flat"
 version = release = kfac_flat.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
-myst_heading_anchors = 3  # so that [text](page.md#heading) works, on the site and in a repository's view alike
+myst_heading_anchors = (
+    3  # so that [text](page.md#heading) works, as in a repository's view
+)
 
-autodoc_class_signature = "separated"
+autodoc_class_signature = "mixed"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-# Names of other projects, whose pages would have to be fetched to link to them.
-nitpick_ignore_regex = [("py:.*", r"(torch|nn|collections|typing|os|pathlib|datetime)\..*")]
+# Names of other projects, to be fetched if they were to be linked, and aliases of types.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|nn|collections|typing|os|pathlib)\..*"),
+    ("py:class", "Tensor|Optimizer|Schedule|Likelihood"),
+]
 
 html_theme = "furo"
 html_title = f"kfac-flat {version}"
@@ -34,7 +44,9 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
-html_math_renderer = "mathml"  # browsers read it without the script that Sphinx would fetch
+html_math_renderer = (
+    "mathml"  # browsers read it without the script that Sphinx would fetch
+)
 copybutton_exclude = ".linenos, .gp, .go"  # of a console, what is typed
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
@@ -46,7 +58,9 @@ def _formula(translator: HTML5Translator, node: nodes.Element) -> None:
 
 
 def _displayed_formula(translator: HTML5Translator, node: nodes.Element) -> None:
-    formula = latex2mathml.tex2mathml(node.astext()).replace("<math ", '<math display="block" ', 1)
+    formula = latex2mathml.tex2mathml(node.astext()).replace(
+        "<math ", '<math display="block" ', 1
+    )
     translator.body.append(f'<div class="formula">{formula}</div>')
     raise nodes.SkipNode
 

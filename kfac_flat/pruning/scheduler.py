@@ -397,9 +397,14 @@ class NeuronPruner:
         every, least = options.amount(left.size), left.amount_without(most)
         if least > every * (1 - options.target + ROUNDING):
             frozen = "".join(f"\n  {name}: {reason}" for name, reason in self.frozen.items())
+            found = (
+                f"a call takes {1e6 * every:,.3g} microseconds, and {1e6 * least:,.3g} where all goes that can"
+                if options.times
+                else f"{every - least:,.9g} of the model's {every:,.9g} {options.budget} can be removed"
+            )
             raise ValueError(
-                f"target={options.target} cannot be reached: {every - least:,.9g} of the model's {every:,.9g} "
-                f"{options.budget} can be removed with {options}. Layers that cannot lose neurons:{frozen}"
+                f"target={options.target} cannot be reached: {found} with {options}. "
+                f"Layers that cannot lose neurons:{frozen}"
             )
 
     # ---------------------------------------------------------------- checkpoints

@@ -66,6 +66,8 @@ def run(page: str, namespace: dict[str, Any]) -> None:
             example.evaluate()
 
 
+# torch's own exporter still does what torch's own pytree deprecates.
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", PAGES_WITH_CODE)
 def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
