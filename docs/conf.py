@@ -35,7 +35,7 @@ napoleon_numpy_docstring = False
 # Names of other projects, to be fetched if they were to be linked, and aliases of types.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|collections|typing|os|pathlib)\..*"),
-    ("py:class", "Tensor|Optimizer|Schedule|Likelihood"),
+    ("py:class", "Tensor|Optimizer|Schedule|Likelihood|Target|Rule"),
 ]
 
 html_theme = "furo"

@@ -1,6 +1,7 @@
-"""The pictures of ``idea.md``, each for light and for dark pages: ``python -m docs.pictures``.
+"""The pictures of ``idea.md``, for light and for dark pages: ``python -m docs.pictures``.
 
-Whatever can be computed is: curvature and neurons are those of small models, read and cut by the library itself.
+Whatever can be computed is: curvature and neurons are those of small models, read and cut
+by the library itself.
 """
 
 from __future__ import annotations
@@ -53,14 +54,21 @@ class Theme:
 
 
 LIGHT = Theme("light", INK, MUTED, FAINT, "#ffffff", COLOURS)
-DARK = Theme("dark", "#e6e6e6", "#a3a3a3", "#3a3d42", "#131416", ("#56b4e9", "#f0883e", "#3ecf9b", "#e6a3cc"))
+DARK = Theme(
+    "dark",
+    "#e6e6e6",
+    "#a3a3a3",
+    "#3a3d42",
+    "#131416",
+    ("#56b4e9", "#f0883e", "#3ecf9b", "#e6a3cc"),
+)
 
 
 # ---------------------------------------------------------------- curvature
 
 
 def fisher(model: nn.Sequential, x: Tensor) -> Tensor:
-    """Form the true Fisher of the first layer's weight, from every example's gradient at every label."""
+    """Form the true Fisher of the first layer's weight, label by label."""
     total = torch.zeros(model[0].weight.numel(), model[0].weight.numel())
     for example in x:
         logs = model(example).log_softmax(0)
@@ -75,7 +83,14 @@ def block(model: nn.Module, layer: str, x: Tensor, draws: int = 200) -> Kronecke
     """Read A and G of a layer, G as a mean over many draws of random signs."""
     generator, twin = torch.Generator().manual_seed(0), Twin(model, [layer])
     read = [
-        factors(twin.read((x,), {}, lambda output: categorical(output, generator), create_graph=False)[layer])
+        factors(
+            twin.read(
+                (x,),
+                {},
+                lambda output: categorical(output, generator),
+                create_graph=False,
+            )[layer]
+        )
         for _ in range(draws)
     ]
     A, G = (torch.stack(parts).mean(0)[0] for parts in zip(*read, strict=True))
@@ -87,14 +102,23 @@ def matrices() -> dict[str, Tensor]:
     """Return the factors of a layer, their product, and the Fisher that it stands for."""
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 3))
-    x = torch.randn(400, 3) @ torch.tensor([[1.2, 0.8, 0.0], [0.0, 0.9, -0.5], [0.0, 0.0, 0.6]])
+    x = torch.randn(400, 3) @ torch.tensor(
+        [[1.2, 0.8, 0.0], [0.0, 0.9, -0.5], [0.0, 0.0, 0.6]]
+    )
     read = block(model, "0", x)
-    return {"A": read.A, "G": read.G, "A ⊗ G": read.dense(), "the Fisher itself": fisher(model, x)}
+    return {
+        "A": read.A,
+        "G": read.G,
+        "A ⊗ G": read.dense(),
+        "the Fisher itself": fisher(model, x),
+    }
 
 
 def draw_factors(figure: Figure, theme: Theme) -> None:
     """Draw the matrices by the size of their entries."""
-    colours = LinearSegmentedColormap.from_list("", [theme.colours[1], theme.page, theme.colours[0]])
+    colours = LinearSegmentedColormap.from_list(
+        "", [theme.colours[1], theme.page, theme.colours[0]]
+    )
     panels = figure.subplots(1, 4, width_ratios=(3, 4, 8, 8))
     for panel, (title, matrix) in zip(panels, matrices().items(), strict=True):
         largest, size = float(matrix.abs().max()), len(matrix)
@@ -108,7 +132,10 @@ def trained(mu: float) -> nn.Sequential:
     """Train a small network on the rings, with or without the penalty."""
     x, y = rings()
     torch.manual_seed(3)
-    model, criterion = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)), nn.CrossEntropyLoss()
+    model, criterion = (
+        nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)),
+        nn.CrossEntropyLoss(),
+    )
     inner = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     optimizer = FlatKFAC(inner, model, mu=mu, every=1, survey_every=1, batch_fraction=1)
     for _ in range(400):
@@ -127,11 +154,13 @@ def rings() -> tuple[Tensor, Tensor]:
 
 
 def draw_flatness(figure: Figure, theme: Theme) -> None:
-    """The loss around two minima, along the sharpest direction and another, with the ellipse that K-FAC expects."""
+    """Draw the loss around two minima, and the ellipse that K-FAC expects."""
     x, y = rings()
     runs = [("without the penalty", trained(0.0)), ("with the penalty", trained(0.1))]
     steps = torch.linspace(-1.6, 1.6, 61)
-    for panel, (title, model) in zip(figure.subplots(1, 2, sharex=True, sharey=True), runs, strict=True):
+    for panel, (title, model) in zip(
+        figure.subplots(1, 2, sharex=True, sharey=True), runs, strict=True
+    ):
         radii = spectral_radii(model, x, exact=True)
         layer = max(radii, key=radii.__getitem__)
         read = block(model, layer, x)
@@ -143,13 +172,23 @@ def draw_flatness(figure: Figure, theme: Theme) -> None:
         curvatures = values_G[-1] * values_A[-1], values_G[-1] * values_A[-2]
         shades = LinearSegmentedColormap.from_list("", [theme.page, theme.colours[0]])
         levels = [0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6]
-        panel.contourf(steps, steps, rise, levels=[-1, *levels, 99], cmap=shades, vmin=0, vmax=1.6)
-        panel.contour(steps, steps, rise, levels=levels, colors=theme.muted, linewidths=0.6)
+        panel.contourf(
+            steps, steps, rise, levels=[-1, *levels, 99], cmap=shades, vmin=0, vmax=1.6
+        )
+        panel.contour(
+            steps, steps, rise, levels=levels, colors=theme.muted, linewidths=0.6
+        )
         width, height = (2 * float((2 * 0.1 / c).sqrt()) for c in curvatures)
-        panel.add_patch(Ellipse((0, 0), width, height, fill=False, edgecolor=theme.colours[1], lw=2.2))
+        panel.add_patch(
+            Ellipse((0, 0), width, height, fill=False, edgecolor=theme.colours[1], lw=2.2)
+        )
         panel.plot(0, 0, "o", color=theme.ink, ms=4)
         loss = float(F.cross_entropy(model(x), y).detach())
-        panel.set_title(f"{title}: rho {radii[layer]:.2f}, loss {loss:.2f}", color=theme.ink, fontsize=10)
+        panel.set_title(
+            f"{title}: rho {radii[layer]:.2f}, loss {loss:.2f}",
+            color=theme.ink,
+            fontsize=10,
+        )
         panel.set_xlabel("along the top eigenvector", color=theme.ink)
         _bare(panel, theme)
         panel.set_aspect("equal")
@@ -157,9 +196,15 @@ def draw_flatness(figure: Figure, theme: Theme) -> None:
 
 
 def loss_around(
-    model: nn.Module, layer: str, right: Tensor, up: Tensor, steps: Tensor, x: Tensor, y: Tensor
+    model: nn.Module,
+    layer: str,
+    right: Tensor,
+    up: Tensor,
+    steps: Tensor,
+    x: Tensor,
+    y: Tensor,
 ) -> list[list[float]]:
-    """Return by how much the loss is larger with a layer's weight moved in a plane, row by row from below."""
+    """Return how the loss rises when a layer's weight moves in a plane, row by row."""
     moved = copy.deepcopy(model)
     weight = moved.get_submodule(layer).weight
     with torch.no_grad():
@@ -181,7 +226,12 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.a, self.b, self.head = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 8), nn.Linear(8, 3)
+        self.stem, self.a, self.b, self.head = (
+            nn.Linear(4, 8),
+            nn.Linear(8, 6),
+            nn.Linear(6, 8),
+            nn.Linear(8, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Go around the block as well as through it."""
@@ -209,12 +259,14 @@ class Cut:
 
 @cache
 def cut() -> Cut:
-    """Train the residual network a little, and let the pruner take two fifths of its neurons."""
+    """Train the residual network a little, and take two fifths of its neurons."""
     torch.manual_seed(4)
     model, x = Residual(), torch.randn(64, 4)
     y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    pruner = NeuronPruner(model, optimizer, x[:1], target=0.4, max_share=0.5, start=1, events=1)
+    pruner = NeuronPruner(
+        model, optimizer, x[:1], target=0.4, max_share=0.5, start=1, events=1
+    )
     for _ in range(60):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
@@ -223,14 +275,17 @@ def cut() -> Cut:
     pruner.step()
     kept = pruner.state_dict()["layers"]
     inputs, outputs = (
-        {name: [i in kept[name][side] for i in range(weights[name].shape[axis])] for name in LAYERS}
+        {
+            name: [i in kept[name][side] for i in range(weights[name].shape[axis])]
+            for name in LAYERS
+        }
         for side, axis in (("in", 1), ("out", 0))
     )
     return Cut(weights, inputs, outputs)
 
 
 def draw_group(figure: Figure, theme: Theme) -> None:
-    """Neurons as dots, tied ones side by side in one colour, those that went crossed out."""
+    """Draw neurons as dots, tied ones in one colour, those that went crossed out."""
     made, axes = cut(), figure.subplots()
     through, around = theme.colours[1], theme.colours[0]
     columns = [
@@ -241,28 +296,62 @@ def draw_group(figure: Figure, theme: Theme) -> None:
         ("stem + b", 8.8, made.outputs["b"], around),
         ("head", 11.0, made.outputs["head"], theme.muted),
     ]
-    places = {name: [(x, (len(stays) - 1) / 2 - i) for i in range(len(stays))] for name, x, stays, _ in columns}
-    for left, right in (("input", "stem"), ("stem", "a"), ("a", "b"), ("stem + b", "head")):
+    places = {
+        name: [(x, (len(stays) - 1) / 2 - i) for i in range(len(stays))]
+        for name, x, stays, _ in columns
+    }
+    for left, right in (
+        ("input", "stem"),
+        ("stem", "a"),
+        ("a", "b"),
+        ("stem + b", "head"),
+    ):
         stays = {name: stay for name, _, stay, _ in columns}
         for start, from_stays in zip(places[left], stays[left], strict=True):
             for end, to_stays in zip(places[right], stays[right], strict=True):
                 if from_stays and to_stays:
-                    axes.plot(*zip(start, end, strict=True), color=theme.faint, lw=0.8, zorder=0)
-    for start, end, stays in zip(places["stem"], places["stem + b"], made.outputs["stem"], strict=True):
-        style = {"color": around, "lw": 1.1, "alpha": 0.8} if stays else {"color": theme.faint, "lw": 0.8, "ls": ":"}
-        axes.add_patch(FancyArrowPatch(start, end, connectionstyle="arc3,rad=-0.3", arrowstyle="-", zorder=0, **style))
-    for start, end, stays in zip(places["b"], places["stem + b"], made.outputs["b"], strict=True):
-        axes.plot(*zip(start, end, strict=True), color=around if stays else theme.faint, lw=1.6, zorder=0)
+                    axes.plot(
+                        *zip(start, end, strict=True), color=theme.faint, lw=0.8, zorder=0
+                    )
+    for start, end, stays in zip(
+        places["stem"], places["stem + b"], made.outputs["stem"], strict=True
+    ):
+        style = (
+            {"color": around, "lw": 1.1, "alpha": 0.8}
+            if stays
+            else {"color": theme.faint, "lw": 0.8, "ls": ":"}
+        )
+        axes.add_patch(
+            FancyArrowPatch(
+                start,
+                end,
+                connectionstyle="arc3,rad=-0.3",
+                arrowstyle="-",
+                zorder=0,
+                **style,
+            )
+        )
+    for start, end, stays in zip(
+        places["b"], places["stem + b"], made.outputs["b"], strict=True
+    ):
+        axes.plot(
+            *zip(start, end, strict=True),
+            color=around if stays else theme.faint,
+            lw=1.6,
+            zorder=0,
+        )
     for name, x, stays, colour in columns:
         for place, stay in zip(places[name], stays, strict=True):
-            axes.add_patch(Circle(place, 0.27, fc=colour if stay else theme.page, ec=colour, lw=1.4))
+            axes.add_patch(
+                Circle(place, 0.27, fc=colour if stay else theme.page, ec=colour, lw=1.4)
+            )
             if not stay:
                 axes.plot(*place, "x", color=colour, ms=7, mew=1.6)
         axes.text(x, -4.6, name, ha="center", color=theme.ink, fontsize=11)
         width = f"{len(stays)} → {sum(stays)}" if not all(stays) else f"{len(stays)}"
         axes.text(x, -5.25, width, ha="center", color=theme.muted, fontsize=10)
     axes.set_xlim(-0.5, 11.5)
-    axes.set_ylim(-5.5, 5.9)
+    axes.set_ylim(-5.5, 4.9)
     axes.set_aspect("equal")
     axes.axis("off")
 
@@ -270,17 +359,36 @@ def draw_group(figure: Figure, theme: Theme) -> None:
 def draw_weights(figure: Figure, theme: Theme) -> None:
     """The layers' weights as grids, rows and columns that vanish struck out."""
     made = cut()
-    panels = figure.subplots(1, len(LAYERS), width_ratios=[made.weights[name].shape[1] for name in LAYERS])
+    panels = figure.subplots(
+        1, len(LAYERS), width_ratios=[made.weights[name].shape[1] for name in LAYERS]
+    )
     for axes, name in zip(panels, LAYERS, strict=True):
         rows, columns = made.weights[name].shape
         for o, keeps_row in enumerate(made.outputs[name]):
             for i, keeps_column in enumerate(made.inputs[name]):
                 stays = keeps_row and keeps_column
-                colour = theme.muted if stays else theme.colours[1] if not keeps_row else theme.colours[0]
+                colour = (
+                    theme.muted
+                    if stays
+                    else theme.colours[1]
+                    if not keeps_row
+                    else theme.colours[0]
+                )
                 strength = 1 if stays else 0.4
-                axes.add_patch(Rectangle((i + 0.06, o + 0.06), 0.88, 0.88, color=colour, alpha=strength, lw=0))
+                axes.add_patch(
+                    Rectangle(
+                        (i + 0.06, o + 0.06),
+                        0.88,
+                        0.88,
+                        color=colour,
+                        alpha=strength,
+                        lw=0,
+                    )
+                )
         left = f"{sum(made.outputs[name])} x {sum(made.inputs[name])}"
-        axes.set_title(f"{name}\n{rows} x {columns} → {left}", color=theme.ink, fontsize=10)
+        axes.set_title(
+            f"{name}\n{rows} x {columns} → {left}", color=theme.ink, fontsize=10
+        )
         axes.set_xlim(0, columns)
         axes.set_ylim(8, 0)
         axes.set_aspect("equal")
@@ -304,17 +412,42 @@ def draw_twin(figure: Figure, theme: Theme) -> None:
         (
             (0, 2.4, 3.1, 1.9),
             own,
-            ["your model", "compiled or not", "a hook notes its input", "buffers never touched"],
+            [
+                "your model",
+                "compiled or not",
+                "a hook notes its input",
+                "buffers never touched",
+            ],
         ),
-        ((8.2, 2.4, 3.1, 1.9), extra, ["the twin", "same modules, no hooks", "buffers of its own", "read by BackPACK"]),
+        (
+            (8.2, 2.4, 3.1, 1.9),
+            extra,
+            [
+                "the twin",
+                "same modules, no hooks",
+                "buffers of its own",
+                "read by BackPACK",
+            ],
+        ),
         ((4.3, 3.0, 2.7, 1.0), shared, ["Parameters", "the very same objects"]),
         ((4.3, 0.1, 2.7, 1.4), shared, ["p.grad", "of the loss", "+ of the penalty"]),
     ]
     for (x, y, width, height), colour, lines in boxes:
-        shape = {"boxstyle": "round,pad=0.02,rounding_size=0.12", "fc": theme.page, "ec": colour, "lw": 1.8}
+        shape = {
+            "boxstyle": "round,pad=0.02,rounding_size=0.12",
+            "fc": theme.page,
+            "ec": colour,
+            "lw": 1.8,
+        }
         axes.add_patch(FancyBboxPatch((x, y), width, height, **shape))
         for i, line in enumerate(lines):
-            _write(axes, theme, (x + width / 2, y + height - 0.34 - 0.36 * i), line, bold=i == 0)
+            _write(
+                axes,
+                theme,
+                (x + width / 2, y + height - 0.34 - 0.36 * i),
+                line,
+                bold=i == 0,
+            )
     arrows = [
         ((4.28, 3.5), (3.15, 3.5), shared, "<|-|>"),
         ((7.02, 3.5), (8.15, 3.5), shared, "<|-|>"),
@@ -322,9 +455,20 @@ def draw_twin(figure: Figure, theme: Theme) -> None:
         ((9.8, 2.35), (7.05, 0.95), extra, "-|>"),
     ]
     for start, end, colour, style in arrows:
-        axes.add_patch(FancyArrowPatch(start, end, arrowstyle=style, mutation_scale=12, color=colour, lw=1.6))
-    over = {"connectionstyle": "arc3,rad=-0.13", "arrowstyle": "-|>", "mutation_scale": 12, "ls": "--"}
-    axes.add_patch(FancyArrowPatch((1.6, 4.35), (9.7, 4.35), color=theme.muted, lw=1.4, **over))
+        axes.add_patch(
+            FancyArrowPatch(
+                start, end, arrowstyle=style, mutation_scale=12, color=colour, lw=1.6
+            )
+        )
+    over = {
+        "connectionstyle": "arc3,rad=-0.13",
+        "arrowstyle": "-|>",
+        "mutation_scale": 12,
+        "ls": "--",
+    }
+    axes.add_patch(
+        FancyArrowPatch((1.6, 4.35), (9.7, 4.35), color=theme.muted, lw=1.4, **over)
+    )
     _write(axes, theme, (1.75, 1.1), "loss.backward()\nat every step")
     _write(axes, theme, (9.6, 1.1), "gradient of rho\nevery few steps")
     _write(axes, theme, (5.65, 5.25), "the last batch, its randomness and precision")
@@ -335,9 +479,19 @@ def draw_twin(figure: Figure, theme: Theme) -> None:
     axes.axis("off")
 
 
-def _write(axes: Axes, theme: Theme, at: tuple[float, float], words: str, *, bold: bool = False) -> None:
+def _write(
+    axes: Axes, theme: Theme, at: tuple[float, float], words: str, *, bold: bool = False
+) -> None:
     weight = "bold" if bold else "normal"
-    axes.text(*at, words, ha="center", va="center", color=theme.ink, fontsize=9.5, fontweight=weight)
+    axes.text(
+        *at,
+        words,
+        ha="center",
+        va="center",
+        color=theme.ink,
+        fontsize=9.5,
+        fontweight=weight,
+    )
 
 
 # ---------------------------------------------------------------- all of them
@@ -345,7 +499,7 @@ def _write(axes: Axes, theme: Theme, at: tuple[float, float], words: str, *, bol
 PICTURES: dict[str, tuple[Callable[[Figure, Theme], None], tuple[float, float]]] = {
     "factors": (draw_factors, (9.0, 3.0)),
     "flatness": (draw_flatness, (8.0, 4.2)),
-    "group": (draw_group, (8.0, 7.6)),
+    "group": (draw_group, (8.0, 7.0)),
     "weights": (draw_weights, (8.0, 3.4)),
     "twin": (draw_twin, (8.6, 4.6)),
 }
@@ -361,18 +515,26 @@ def _bare(axes: Axes, theme: Theme) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> list[Path]:
     """Draw all pictures and return their paths."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=FOLDER, help="where to (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER, help="where to (default: %(default)s)"
+    )
     out: Path = parser.parse_args(arguments).out
     out.mkdir(parents=True, exist_ok=True)
     written = []
     for name, (draw, size) in PICTURES.items():
         for theme in (LIGHT, DARK):
-            with matplotlib.rc_context({"svg.hashsalt": name}):  # the same file every time
+            with matplotlib.rc_context(
+                {"svg.hashsalt": name}
+            ):  # the same file every time
                 figure = Figure(figsize=size, layout="constrained")
                 draw(figure, theme)
                 path = out / f"{name}-{theme.name}.svg"
-                figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+                figure.savefig(
+                    path, transparent=True, metadata={"Date": None, "Creator": None}
+                )
             written.append(path)
     return written
 
