@@ -48,6 +48,7 @@ html_math_renderer = (
     "mathml"  # browsers read it without the script that Sphinx would fetch
 )
 copybutton_exclude = ".linenos, .gp, .go"  # of a console, what is typed
+copybutton_selector = "div:not(.highlight-output) > div.highlight > pre"
 pygments_style = "friendly"
 pygments_dark_style = "github-dark"
 
