@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from kfac_flat import FlatKFAC
 from kfac_flat.changes import Change, setting
-from kfac_flat.curvature.tracker import RadiusGradient
+from kfac_flat.curvature.tracker import Join, RadiusGradient, Select, Tracker
 from kfac_flat.curvature.twin import Conditions, Twin
 from kfac_flat.nested import batch_size, map_tensors
 from kfac_flat.optimizer import Schedule
@@ -85,30 +85,13 @@ class SpectralRadius(FlatKFAC):
             "clip": clip,
             "seed": seed,
         }
+        self._iterations = iterations
         super().__init__(optimizer, model, fisher="empirical", penalty="linear", **penalty)
         refuse_several_processes(self)
         self._own_options = {**penalty, "iterations": iterations}
-        self._unread = {}
-        self._hessian = HessianTracker(self._inner, iterations, seed)
-        self._tracker = self._hessian  # type: ignore[assignment]  # asked for the same things
 
-    def prepare_cut(self, kept: Mapping[str, Kept], select: Callable[[nn.Parameter, Tensor], Tensor]) -> list[Change]:
-        """Work out what a cut leaves of the eigenvector and of the penalty's gradient, before it happens."""
-        vector = {p: select(p, v) for p, v in self._hessian.eigenvectors.items()}
-        return [*super().prepare_cut(kept, select), setting(self._hessian, {"eigenvectors": vector})]
-
-    def keep_removed(
-        self, kept: Mapping[str, Kept], join: Callable[[nn.Parameter, Tensor], Callable[[Tensor], Tensor]]
-    ) -> Callable[[], list[Change]]:
-        """Remember what a cut that is about to happen takes from the eigenvector and the penalty's gradient."""
-        put_back = super().keep_removed(kept, join)
-        removed = {p: join(p, v) for p, v in self._hessian.eigenvectors.items()}
-
-        def put_all_back() -> list[Change]:
-            vector = {p: removed[p](v) for p, v in self._hessian.eigenvectors.items() if p in removed}
-            return [*put_back(), setting(self._hessian, {"eigenvectors": vector})]
-
-        return put_all_back
+    def _make_tracker(self) -> Tracker:
+        return HessianTracker(self._inner, self._iterations, self._options.seed)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "options": self._own_options}
@@ -231,13 +214,19 @@ class HessianTracker:
                     masks[name] = 2 * rho * mask_gradient(v, v, int(getattr(module, "groups", 1)))
         return masks
 
-    def selected(self, kept: Mapping[str, Kept]) -> dict[nn.Parameter, Tensor]:
-        """Leave the eigenvector to the optimizer, which knows how parameters are cut."""
-        return self.eigenvectors
+    def prepare_cut(self, kept: Mapping[str, Kept], select: Select) -> list[Change]:
+        """Work out what a cut that is still to come leaves of the eigenvector."""
+        return [setting(self, {"eigenvectors": {p: select(p, v) for p, v in self.eigenvectors.items()}})]
 
-    def joined(self, before: Any, kept: Mapping[str, Kept]) -> dict[nn.Parameter, Tensor]:
-        """Leave the eigenvector to the optimizer, which knows how parameters are joined."""
-        return self.eigenvectors
+    def keep_removed(self, kept: Mapping[str, Kept], join: Join) -> Callable[[], list[Change]]:
+        """Remember what a cut that is still to come takes of the eigenvector, to be put back."""
+        removed = {p: join(p, v) for p, v in self.eigenvectors.items()}
+
+        def put_back() -> list[Change]:
+            vector = {p: removed[p](v) for p, v in self.eigenvectors.items() if p in removed}
+            return [setting(self, {"eigenvectors": vector})]
+
+        return put_back
 
     def reset(self) -> None:
         """Forget everything seen."""

@@ -32,8 +32,8 @@ from torch.optim.lr_scheduler import OneCycleLR
 from baselines import DataFreePruner, MagnitudePruner
 from benchmarks.policy import spread
 from benchmarks.pruner_speed import progress_bar, write
-from benchmarks.torchvision_models import datasets
 from examples.digits import Images, whole
+from examples.torchvision_models import datasets
 from kfac_flat import NeuronPruner
 
 DENSE, CUT_OFF = "dense", "cut-off"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.torchvision_models import models
+from examples.torchvision_models import models
 from kfac_flat import NeuronPruner
 
 CLASSES = 1000

@@ -37,7 +37,7 @@ from rich.table import Table
 import kfac_flat
 from benchmarks import saliency_cost
 from benchmarks.records import ROOT, cpu_name, one_line, progress_bar
-from benchmarks.torchvision_models import models
+from examples.torchvision_models import models
 
 OURS, PEER = "kfac-flat", "torch-pruning"
 MODELS = (

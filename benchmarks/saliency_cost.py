@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from benchmarks.torchvision_models import models
+from examples.torchvision_models import models
 from kfac_flat import NeuronPruner
 
 

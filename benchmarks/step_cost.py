@@ -40,7 +40,7 @@ from baselines import SAM, SpectralRadius
 from benchmarks.records import ROOT, circumstances, command_line, progress_bar
 from benchmarks.saliency_cost import mlp, resnet18_cifar
 from benchmarks.tasks import CRITERION, CifarNet
-from benchmarks.torchvision_models import models
+from examples.torchvision_models import models
 from kfac_flat import FlatKFAC
 from kfac_flat.curvature.layers import input_dim, is_layer
 from kfac_flat.curvature.twin import quiet_hooks

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 
-from benchmarks.torchvision_models import datasets
 from examples import digits
 from examples.digits import DigitsNet, Images, ResidualBlock
+from examples.torchvision_models import datasets
 
 # ---------------------------------------------------------------- networks
 

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -230,21 +231,28 @@ def dense_size(model: nn.Module, example: Tensor) -> tuple[Size, dict[str, int]]
     return counter.size, counter.widths
 
 
-def time_inference(runs: Sequence[Run], images: Tensor, repetitions: int = 40) -> None:
-    """Time all networks in turns, so that a busy machine disturbs them alike; sets the median of each."""
-    times: list[list[float]] = [[] for _ in runs]
+def time_inference(runs: Sequence[Run], images: Tensor) -> None:
+    """Time the networks on these images; sets the median of each."""
+    calls = [partial(run.model.eval(), images) for run in runs]
+    for run, milliseconds in zip(runs, median_milliseconds(calls, images.device), strict=True):
+        run.milliseconds = milliseconds
+
+
+def median_milliseconds(
+    calls: Sequence[Callable[[], object]], device: torch.device, repetitions: int = 40
+) -> list[float]:
+    """Time calls in turns, so that a busy machine disturbs them alike."""
+    times: list[list[float]] = [[] for _ in calls]
     with torch.inference_mode():
         for repetition in range(repetitions + 5):  # the first 5 are for warming up
-            for run, seen in zip(runs, times, strict=True):
-                run.model.eval()
-                synchronize(images.device)
+            for call, seen in zip(calls, times, strict=True):
+                synchronize(device)
                 start = time.perf_counter()
-                run.model(images)
-                synchronize(images.device)
+                call()
+                synchronize(device)
                 if repetition >= 5:
-                    seen.append(time.perf_counter() - start)
-    for run, seen in zip(runs, times, strict=True):
-        run.milliseconds = 1000 * median(seen)
+                    seen.append(1000 * (time.perf_counter() - start))
+    return [median(seen) for seen in times]
 
 
 def synchronize(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from kfac_flat.attention import kept_by_projections
 from kfac_flat.averaging import mean_over_processes, processes, rank, world_size
 from kfac_flat.changes import Change, setting
 from kfac_flat.curvature.likelihood import Likelihood, resolve
-from kfac_flat.curvature.tracker import HostCopy, RadiusGradient, RadiusTracker
+from kfac_flat.curvature.tracker import HostCopy, Join, RadiusGradient, RadiusTracker, Select, Tracker
 from kfac_flat.curvature.twin import layer_names, unread_modules, weight_of
 from kfac_flat.nested import largest_difference
 from kfac_flat.recorder import CallRecorder, RecordedCall
@@ -123,7 +123,7 @@ class FlatKFAC(OptimizerWrapper):
             scale of rho, so that one mu serves many networks, or ``"linear"``, mu * max(0, rho - K) as in the paper.
         every: Steps from one computation of the penalty's gradient to the next, a refresh.
         survey_every: Refreshes from one look at all layers, to see which attains the maximum, to the next. There is one
-            as well when the penalty comes back after steps without.
+            as well after a cut, and when the penalty comes back after steps without.
         batch_fraction: Share of the batch, in (0, 1], that it is computed on; at least two examples, counted along the
             first axis of the model's arguments; where its output shows that this is another one, all of them, with a
             warning. Gradients that accumulate are those of one batch, of all examples since they were cleared; where
@@ -197,12 +197,7 @@ class FlatKFAC(OptimizerWrapper):
         )
         super().__init__(optimizer, model)
         self._likelihood = resolve(likelihood)
-        names = layer_names(self._inner, self._options.layers)
-        self._unread = unread_modules(self._inner) if layers is None else {}
-        average = partial(mean_over_processes, group=processes(model))
-        self._tracker = RadiusTracker(
-            self._inner, names, reduction=reduction, exact=eigenpairs == "exact", seed=seed, average=average
-        )
+        self._tracker = self._make_tracker()
         self._steps = 0
         self._penalty: dict[nn.Parameter, Tensor] | None = None  # its gradient, once computed
         self._mask_terms: dict[str, Tensor] = {}
@@ -214,6 +209,19 @@ class FlatKFAC(OptimizerWrapper):
         self._warned = False
         self._calls, self._criterion_calls = self._attach_recorders()
         self._calls.keeps_outputs = True  # until the first refresh has compared them with the twin's
+
+    def _make_tracker(self) -> Tracker:
+        """Make what rho is followed by."""
+        options = self._options
+        return RadiusTracker(
+            self._inner,
+            layer_names(self._inner, options.layers),
+            reduction=options.reduction,
+            exact=options.eigenpairs == "exact",
+            seed=options.seed,
+            skipped=unread_modules(self._inner) if options.layers is None else None,
+            average=partial(mean_over_processes, group=processes(self.model)),
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the wrapped optimizer does."""
@@ -241,7 +249,7 @@ class FlatKFAC(OptimizerWrapper):
     @property
     def skipped_layers(self) -> dict[str, str]:
         """Layers whose curvature cannot be read, by name, and why."""
-        return {**self._unread, **self._tracker.skipped}
+        return dict(self._tracker.skipped)
 
     def input_mask_gradients(self) -> dict[nn.Parameter, Tensor]:
         """Gradient of the penalty at masks on layers' inputs, through A alone (see :class:`kfac_flat.NeuronPruner`).
@@ -515,7 +523,7 @@ class FlatKFAC(OptimizerWrapper):
 
     # ---------------------------------------------------------------- following a cut
 
-    def prepare_cut(self, kept: Mapping[str, Kept], select: Callable[[nn.Parameter, Tensor], Tensor]) -> list[Change]:
+    def prepare_cut(self, kept: Mapping[str, Kept], select: Select) -> list[Change]:
         """Work out what a cut leaves of the eigenvectors and of the penalty's gradient, before it happens.
 
         Args:
@@ -526,7 +534,6 @@ class FlatKFAC(OptimizerWrapper):
             What puts the result in place, to be made together with the cut of the parameters.
         """
         kept = kept_by_projections(self._inner, kept)
-        eigenvectors = self._tracker.selected(kept)
         penalty = None if self._penalty is None else {p: select(p, g) for p, g in self._penalty.items()}
         mask_terms = {
             name: m.index_select(0, kept[name].inputs.to(m.device)) if name in kept else m
@@ -535,14 +542,12 @@ class FlatKFAC(OptimizerWrapper):
 
         norm = get_total_norm(list((penalty or {}).values())).to(self._penalty_norm)
         return [
-            setting(self._tracker, {"eigenvectors": eigenvectors}),
+            *self._tracker.prepare_cut(kept, select),
             setting(self, {"_penalty": penalty, "_mask_terms": mask_terms, "_penalty_norm": norm}),
             *(setting(calls, {"graphs": []}) for calls in self._recorders()),
         ]
 
-    def keep_removed(
-        self, kept: Mapping[str, Kept], join: Callable[[nn.Parameter, Tensor], Callable[[Tensor], Tensor]]
-    ) -> Callable[[], list[Change]]:
+    def keep_removed(self, kept: Mapping[str, Kept], join: Join) -> Callable[[], list[Change]]:
         """Remember what a cut that is about to happen takes from the eigenvectors and the penalty's gradient.
 
         Args:
@@ -553,7 +558,7 @@ class FlatKFAC(OptimizerWrapper):
             A function that prepares to put it back. A penalty computed since then that lacks a part is computed anew.
         """
         kept = kept_by_projections(self._inner, kept)
-        vectors, norm = self._tracker.eigenvectors, self._penalty_norm
+        put_back_vectors, norm = self._tracker.keep_removed(kept, join), self._penalty_norm
         penalty = {p: join(p, g) for p, g in (self._penalty or {}).items()}
         masks = dict(self._mask_terms)
 
@@ -567,7 +572,7 @@ class FlatKFAC(OptimizerWrapper):
             }
             length = get_total_norm(list((whole or {}).values())).to(norm)
             return [
-                setting(self._tracker, {"eigenvectors": self._tracker.joined(vectors, kept)}),
+                *put_back_vectors(),
                 setting(self, {"_penalty": whole, "_mask_terms": terms, "_penalty_norm": length}),
                 *(setting(calls, {"graphs": []}) for calls in self._recorders()),
             ]

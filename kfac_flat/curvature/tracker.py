@@ -10,11 +10,12 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from kfac_flat.changes import Change, setting
 from kfac_flat.curvature.layers import Layer
 from kfac_flat.curvature.radius import (
     Eigenvectors,
@@ -39,6 +40,10 @@ Pairs: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 # The mean over several processes of tensors that each of them has from its own number of examples.
 Average: TypeAlias = Callable[[Sequence[Tensor], int], list[Tensor]]
 
+# How a parameter is cut, done to a tensor of its shape; and how a tensor cut like that is put together again.
+Select: TypeAlias = Callable[[nn.Parameter, Tensor], Tensor]
+Join: TypeAlias = Callable[[nn.Parameter, Tensor], Callable[[Tensor], Tensor]]
+
 
 def alone(tensors: Sequence[Tensor], examples: int) -> list[Tensor]:
     """Average over the one process there is."""
@@ -58,6 +63,54 @@ class RadiusGradient:
     rho: Tensor
     parameters: list[Tensor | None]
     input_masks: dict[str, Tensor]
+
+
+class Tracker(Protocol):
+    """Follows a rho from batch to batch: what :class:`kfac_flat.FlatKFAC` asks for.
+
+    Attributes:
+        radii: The radii that rho is made of, as last seen, by name.
+        skipped: Layers that take no part in it, by name, and why.
+    """
+
+    radii: dict[str, Tensor]
+    skipped: dict[str, str]
+
+    def rho(self) -> Tensor | None:
+        """Return rho as last seen, a scalar; None before the first batch."""
+
+    def gradient(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        loss: Callable[[Any], Tensor],
+        parameters: Sequence[nn.Parameter],
+        conditions: Conditions,
+        *,
+        survey: bool,
+    ) -> RadiusGradient:
+        """Differentiate rho on a batch; ``survey`` asks to look at all that it may depend on."""
+
+    def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:
+        """Return what the copy of the model that is read gives, to be compared with what the model gave."""
+
+    def prepare_cut(self, kept: Mapping[str, Kept], select: Select) -> list[Change]:
+        """Work out what a cut that is still to come leaves of what is known."""
+
+    def keep_removed(self, kept: Mapping[str, Kept], join: Join) -> Callable[[], list[Change]]:
+        """Remember what a cut that is still to come takes; returns a function that prepares to put it back."""
+
+    def reset(self) -> None:
+        """Forget everything seen."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known, as plain tensors and numbers."""
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See that :meth:`load_state_dict` can load this; a ValueError says why not."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
 
 
 class HostCopy:
@@ -99,6 +152,7 @@ class RadiusTracker:
         reduction: ``"max"``, rho = max_l rho_l [HGNP eq. 3], or ``"sum"``, rho = sum_l rho_l.
         exact: Form the factors and decompose them at every batch instead of tracking eigenvectors.
         seed: Of the starting vectors.
+        skipped: Other layers, by name, and why they are not followed.
         average: Where several processes see parts of one batch: their mean. All of them must make the same calls.
     """
 
@@ -110,6 +164,7 @@ class RadiusTracker:
         reduction: str,
         exact: bool,
         seed: int,
+        skipped: Mapping[str, str] | None = None,
         average: Average = alone,
     ) -> None:
         self._model = model
@@ -121,9 +176,10 @@ class RadiusTracker:
         self._checked: set[str] = set()  # layers known to have a second derivative
         self._host_radii, self._host_names = HostCopy(), list[str]()
         self.names, self._order = list(names), list(names)
-        self.skipped: dict[str, str] = {}
+        self.skipped = dict(skipped or {})
         self.eigenvectors: dict[str, Eigenvectors] = {}
         self.radii: dict[str, Tensor] = {}
+        self._outdated = False  # whether the layers have been cut since all of them were read
 
     def rho(self) -> Tensor | None:
         """Return rho as last seen, a scalar; None before the first batch."""
@@ -165,15 +221,15 @@ class RadiusTracker:
                 each pass over the batch, of which there may be several; random labels should be the same in all.
             parameters: What to differentiate with respect to.
             conditions: Makes the context, of randomness and precision, that each forward pass runs in.
-            survey: Whether to read all layers, as happens anyway where some are not known. If not, only those that rho
-                is known to depend on are read, which costs less the closer they are to the loss.
+            survey: Whether to read all layers, as happens anyway where some are not known or have been cut. If not,
+                only those that rho is known to depend on are read, which costs less the closer they are to the loss.
 
         Raises:
             RuntimeError: if the loss depends on none of the layers.
         """
         if not self._host_names:
             self.measure(args, kwargs, loss, conditions)
-        survey |= self._reduction == "sum" or any(map(math.isnan, self._known_radii().values()))
+        survey |= self._reduction == "sum" or self._outdated or any(map(math.isnan, self._known_radii().values()))
         only = None if survey else self._active(self.names)
         seen = self._read(args, kwargs, loss, conditions, create_graph=True, only=only)
         survey = only is None or not seen.keys() <= only  # all have been read where those known take no part
@@ -217,27 +273,39 @@ class RadiusTracker:
         self._current_twin().read(args, kwargs, note, create_graph=False, conditions=conditions)
         return seen[0]
 
-    def selected(self, kept: Mapping[str, Kept]) -> dict[str, Eigenvectors]:
-        """Eigenvectors as they will be after a cut that is still to come."""
-        return {
+    def prepare_cut(self, kept: Mapping[str, Kept], select: Select) -> list[Change]:
+        """Work out what a cut that is still to come leaves of the eigenvectors; all radii will have to be seen anew."""
+        vectors = {
             name: v.index_select(self._layer(name), kept[name]) if name in kept else v
             for name, v in self.eigenvectors.items()
         }
+        return [setting(self, {"eigenvectors": vectors, "_outdated": True})]
 
-    def joined(self, before: Mapping[str, Eigenvectors], kept: Mapping[str, Kept]) -> dict[str, Eigenvectors]:
-        """Eigenvectors as they will be when a cut is undone, ``before`` which they were these."""
-        now = {name: v for name, v in self.eigenvectors.items() if name not in kept or name in before}
-        return {n: before[n].joined_to(v, self._layer(n), kept[n]) if n in kept else v for n, v in now.items()}
+    def keep_removed(self, kept: Mapping[str, Kept], join: Join) -> Callable[[], list[Change]]:
+        """Remember what a cut that is still to come takes of the eigenvectors, to be put back."""
+        before, radii, outdated = self.eigenvectors, self.radii, self._outdated
+
+        def put_back() -> list[Change]:
+            now = {name: v for name, v in self.eigenvectors.items() if name not in kept or name in before}
+            vectors = {
+                name: before[name].joined_to(v, self._layer(name), kept[name]) if name in kept else v
+                for name, v in now.items()
+            }
+            still_outdated = outdated or self.radii is not radii  # unless nothing has been read in between
+            return [setting(self, {"eigenvectors": vectors, "_outdated": still_outdated})]
+
+        return put_back
 
     def reset(self) -> None:
         """Forget everything seen."""
-        self.eigenvectors, self.radii, self._host_names = {}, {}, []
+        self.eigenvectors, self.radii, self._host_names, self._outdated = {}, {}, [], False
 
     def state_dict(self) -> dict[str, Any]:
-        """Eigenvectors and radii as plain tensors."""
+        """Eigenvectors and radii as plain tensors, and whether there has been a cut since."""
         return {
             "eigenvectors": {name: {"A": v.A, "G": v.G} for name, v in self.eigenvectors.items()},
             "radii": dict(self.radii),
+            "outdated": self._outdated,
         }
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -266,6 +334,7 @@ class RadiusTracker:
             for name, v in state["eigenvectors"].items()
         }
         self._publish(vectors, {name: r.to(device, copy=True) for name, r in state["radii"].items()})
+        self._outdated = state.get("outdated", True)  # older checkpoints do not say
 
     def _layer(self, name: str) -> Layer:
         return layer_shape(self._model, name)
@@ -369,6 +438,7 @@ class RadiusTracker:
         self.eigenvectors = {**self.eigenvectors, **vectors}
         before = self.radii
         self.radii = {} if all_layers else dict(before)  # a layer that takes no part is no part of rho
+        self._outdated &= not all_layers
         for name, rho_l in radii.items():
             seen = rho_l.detach()
             known = before[name].to(seen) if name in before else torch.full_like(seen, math.nan)

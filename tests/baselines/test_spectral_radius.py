@@ -189,7 +189,7 @@ def test_a_cut_keeps_of_the_eigenvector_what_it_keeps_of_the_parameters_and_undo
     optimizer.step()
     vectors = copy.deepcopy(optimizer.state_dict()["kfac_flat"])
     with torch.no_grad():  # so that what is kept of it can be told from the weights
-        for p, v in optimizer._hessian.eigenvectors.items():
+        for p, v in optimizer._tracker.eigenvectors.items():
             p.copy_(v)
     assert pruner.step()
     after = optimizer.state_dict()["kfac_flat"]["eigenvectors"]

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks import one_cut, pruner_speed, saliency_cost
 from benchmarks.one_cut import EvenPruner
-from benchmarks.torchvision_models import models
+from examples.torchvision_models import models
 from kfac_flat import NeuronPruner
 
 MODEL = "squeezenet1_1"

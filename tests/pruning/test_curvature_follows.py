@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfac_flat import CutError, FlatKFAC, NeuronPruner
+from tests import reference
+from tests.optimizer.loops import penalty, plain
 from tests.pruning.nets import CASES
+from tests.reference import batch, mlp
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn_flatten", "residual", "grouped", "depthwise_multiplier"])
@@ -50,6 +55,40 @@ def test_a_cut_keeps_of_the_curvature_what_the_manifest_keeps(name: str) -> None
                 expected = kept[factor].reshape(vector.shape)
                 assert torch.allclose(vector, expected / expected.norm(dim=-1, keepdim=True))
         step()
+
+
+def test_the_first_refresh_after_a_cut_or_its_undoing_looks_at_all_layers_and_the_next_does_not(tmp_path: Path) -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=0.3, survey_every=100)
+    made = partial(NeuronPruner, target=0.4, start=1, events=1, keep_removed=True)
+    pruner = made(model, optimizer, x)
+
+    def read(images: Tensor, model: nn.Module = model, optimizer: FlatKFAC = optimizer) -> set[str]:
+        """Take a step; return the layers whose radii are now those of these images."""
+        penalty(model, optimizer, images, y)
+        expected = reference.radii(model, reference.cross_entropy_sum(y), images)
+        found = optimizer.radii()
+        return {name for name in found if found[name] == pytest.approx(expected[name].item(), rel=1e-9)}
+
+    every = read(x)
+    assert every == {"0", "2", "4"}
+    assert len(read(2 * x)) == 1
+    assert pruner.step()
+    path = tmp_path / "checkpoint.pt"
+    torch.save([pruner.state_dict(), model.state_dict(), optimizer.state_dict()], path)
+    assert read(3 * x) == every
+    assert len(read(4 * x)) == 1
+
+    resumed = mlp()
+    other = plain(resumed, mu=0.3, survey_every=100)
+    for part, state in zip((made(resumed, other, x), resumed, other), torch.load(path, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert read(3 * x, resumed, other) == every
+    assert len(read(4 * x, resumed, other)) == 1
+
+    pruner.undo()
+    assert read(5 * x) == every
+    assert len(read(6 * x)) == 1
 
 
 def test_an_optimizer_wrapped_after_the_pruner_was_made_goes_on_after_a_cut() -> None:

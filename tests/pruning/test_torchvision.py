@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.torchvision_models import models
+from examples.torchvision_models import models
 from tests.pruning.lifecycle import assert_all_is_well, pruned
 
 Make = Callable[[], nn.Module]
