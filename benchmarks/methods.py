@@ -158,8 +158,10 @@ def in_neurons(model: nn.Module, example: Tensor, share: float, budget: str) -> 
 
 def narrowed(model: nn.Module, example: Tensor, share: float, budget: str) -> PruneReport:
     """Plan to meet a budget such that all layers lose the same share of their neurons; nothing changes."""
-    options = {"target": share, "budget": budget, "start": 1, "events": 1, "ranking": "layer"}
-    return MagnitudePruner(model, SGD(model.parameters()), example, **options).plan()
+    pruner = MagnitudePruner(
+        *(model, SGD(model.parameters()), example), target=share, budget=budget, start=1, events=1, ranking="layer"
+    )
+    return pruner.plan()
 
 
 # ---------------------------------------------------------------- pruners of weights, which need no example
