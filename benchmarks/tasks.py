@@ -156,9 +156,9 @@ TASKS = {
     "cifar10-resnet56": cifar(partial(cifar_resnet, 56, 16)),
     "cifar10-wrn32": cifar(partial(cifar_resnet, 32, 64)),  # four times as wide, as in arXiv 1905.05934
     "flowers-resnet18-small": small_flowers(partial(resnet18, 16, stride=2, classes=102)),
-    "flowers-alexnet-small": small_flowers(partial(alexnet, 16, 256, size=32, classes=102), lr=0.02),
+    "flowers-alexnet-small": small_flowers(partial(alexnet, 16, 256, size=32, classes=102), lr=0.05),
     "flowers-resnet18": flowers(partial(resnet18, 64, stride=2, classes=102)),
-    "flowers-alexnet": flowers(partial(alexnet, 64, 4096, size=64, classes=102), lr=0.02),
+    "flowers-alexnet": flowers(partial(alexnet, 64, 4096, size=64, classes=102), lr=0.05),
     "flowers-resnet18-pretrained": trained(partial(torchvision_net, "resnet18", 102), lr=0.02, pretrained=True),
     "flowers-vgg16bn-pretrained": trained(partial(torchvision_net, "vgg16_bn", 102), lr=0.01, pretrained=True),
 }

@@ -18,7 +18,7 @@ from torch.optim import SGD
 from benchmarks import tasks
 from benchmarks.execution import PLAIN, Execution
 from benchmarks.images import augmented
-from benchmarks.networks import cifar_resnet, resnet18
+from benchmarks.networks import cifar_resnet, resnet18, torchvision_net
 from benchmarks.tasks import TASKS
 from examples.digits import Images, dense_size
 from kfac_flat import FlatKFAC, NeuronPruner
@@ -91,6 +91,32 @@ def test_residual_networks_for_cifar_have_the_published_depths_and_sizes() -> No
     assert weights[1] - 9 * 3 * 64 == 16 * (weights[0] - 9 * 3 * 16), "but for what reads the image's three channels"
     with pytest.raises(ValueError, match="depth=18 must be 2 more than a multiple of 6"):
         cifar_resnet(18, 16)
+
+
+def test_the_network_like_alexnet_has_its_widths() -> None:
+    layers = [m for m in network("flowers-alexnet").modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    original = [m for m in torchvision_net("alexnet", 102).modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert [len(m.weight) for m in layers] == [len(m.weight) for m in original]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("execution", [PLAIN, Execution(amp="bf16", channels_last=True)])
+def test_the_host_never_waits_for_a_gpu_in_an_epoch(execution: Execution) -> None:
+    device = torch.device("cuda")
+    data = Images(torch.rand(256, 3, 32, 32, device=device), torch.arange(256, device=device) % 10)
+    task = tasks.Task(lambda _: (data, data), lambda: resnet18(8), 1, 1, batch_size=32, augment=True)
+    model, generator = execution.placed(task.network(), device), torch.Generator(device)
+    optimizer = task.optimizer(model)
+    schedule = task.schedule(optimizer, 2, data)
+    try:
+        for mode in ("default", "error"):  # the first epoch chooses kernels
+            torch.cuda.set_sync_debug_mode(mode)
+            updates = [None for _ in task.epoch(model, optimizer, schedule, data, generator, execution)]
+            assert len(updates) == 8
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert next(model.parameters()).is_cuda
 
 
 def test_small_networks_have_the_layers_of_the_large_ones() -> None:
