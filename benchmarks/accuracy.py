@@ -203,11 +203,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
     options = parser.parse_args(arguments)
+    if options.speedup:
+        options.sparsity, options.budget = options.speedup, "macs"
     training = [name for name in options.method if METHODS[name].pruner is None]
     if training and any(options.sparsity):
         parser.error(f"--method {' '.join(training)} removes no neurons: give --sparsity 0")
-    if options.speedup:
-        options.sparsity, options.budget = options.speedup, "macs"
     check_pretrained(parser, options)
     options.command = command_line(parser, arguments, options.data_root)
     return options

@@ -361,6 +361,27 @@ def test_a_network_is_compiled_while_it_lasts(narrow: Any, monkeypatch: pytest.M
     assert epochs == [True, True]
 
 
+@pytest.mark.parametrize("name", ["theta", "hgnp"])
+def test_a_network_is_compiled_once_before_the_removals_and_once_after(name: str, narrow: Any) -> None:
+    inputs: list[int] = []
+
+    def backend(module: Any, example_inputs: Any) -> Any:
+        inputs.append(len(example_inputs))
+        return module.forward
+
+    torch.compiler.reset()
+    torch._dynamo.register_backend(name=f"counting-{name}", compiler_fn=backend)
+    task, data = narrow
+    found = [
+        accuracy.run(task, METHODS[name], 0.5, 0, 6, data, execution=execution)
+        for execution in (Execution(backend=f"counting-{name}"), Execution())
+    ]
+    assert len(inputs) == 2
+    assert found[0]["widths"] == found[1]["widths"]
+    assert found[0]["accuracy"] == found[1]["accuracy"]
+    torch.compiler.reset()
+
+
 @pytest.fixture
 def bodies(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task of three classes that starts from given weights; images are the digits 0 to 2."""
@@ -479,6 +500,7 @@ def test_sharpness_does_not_change_when_layers_are_scaled_against_each_other() -
     ("wrong", "message"),
     [
         (["--method", "sgd"], "sgd removes no neurons: give --sparsity 0"),
+        (["--method", "sgd", "--speedup", "1", "2"], "sgd removes no neurons: give --sparsity 0"),
         (["--method", "magic"], "invalid choice: 'magic'"),
         (["--task", "imagenet"], "invalid choice: 'imagenet'"),
         (["--sparsity", "1"], "must be at least 0 and less than 1"),

@@ -202,7 +202,6 @@ def test_an_epoch_on_a_compiled_network_in_bfloat16_makes_about_the_same_updates
     seen: list[torch.dtype] = []
     for execution in (PLAIN, Execution(backend="eager"), Execution(amp="bf16", channels_last=True)):
         model = execution.placed(copy.deepcopy(first), torch.device("cpu"))
-        assert model[0].weight.is_contiguous() or execution.channels_last  # type: ignore[operator, union-attr]
         model[3].register_forward_hook(lambda _, args, output: seen.append(output.dtype))
         optimizer = SGD(model.parameters(), lr=0.1)
         task = tasks.Task(lambda _: (parts, parts), lambda: first, 1, 1, batch_size=32)
@@ -216,6 +215,13 @@ def test_an_epoch_on_a_compiled_network_in_bfloat16_makes_about_the_same_updates
     assert not torch.equal(changes[0], changes[2])
     assert (changes[0] - changes[2]).norm() < 0.05 * changes[0].norm()
     assert seen == [torch.float32] * 6 + [torch.bfloat16] * 3
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_weights_of_convolutions_lie_in_memory_as_asked_for(last: bool) -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    placed = Execution(channels_last=last).placed(layers, torch.device("cpu"))
+    assert placed[0].weight.is_contiguous(memory_format=torch.channels_last) == last  # type: ignore[index, union-attr]
 
 
 def test_what_is_compiled_is_what_is_called() -> None:
