@@ -1,9 +1,10 @@
 """How much accuracy is left at which sparsity, method by method: the race.
 
-Every run trains a network from scratch and removes a share of its neurons on the way, by one of the methods in
-:mod:`benchmarks.methods` on one of the tasks in :mod:`benchmarks.tasks`. With the same seed, all methods start from the
-same weights and see the same batches, and all have the same epochs in all. Sparsity 0 is the dense network, as the
-method's optimizer trains it. Methods that remove no neurons lose as many parameters instead, see there.
+Every run trains a network from scratch and removes a share of its neurons on the way, or of its multiply-accumulates
+(``--budget macs``, ``--speedup``), by one of the methods in :mod:`benchmarks.methods` on one of the tasks in
+:mod:`benchmarks.tasks`. With the same seed, all methods start from the same weights and see the same batches, and all
+have the same epochs in all. Sparsity 0 is the dense network, as the method's optimizer trains it. Methods that remove
+no neurons lose as many parameters instead, see there.
 
 Each run adds a line to ``TASK.jsonl`` in the folder of results: the accuracy after the last epoch, never the best, what
 is left of the network and how fast it is, how much less went than was asked for, how flat the minimum is, and how all
@@ -17,8 +18,8 @@ Run it with ``python -m benchmarks.accuracy --task digits --method hgnp taylor -
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,12 +31,15 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import kfac_flat
+from benchmarks.execution import AMP, PLAIN, Execution
 from benchmarks.methods import METHODS, Method
+from benchmarks.noise import disturbed
+from benchmarks.pretrained import Weights, starting_from
 from benchmarks.records import Record, circumstances, command_line, identity, in_file_of_task, make_missing
+from benchmarks.sizes import measured
 from benchmarks.tasks import TASKS, Task, accuracy
-from examples.digits import Images, synchronize, whole
-from kfac_flat import Size
-from kfac_flat.pruning.graph import NeuronGraph
+from benchmarks.training import BUDGETS, train
+from examples.digits import Images, whole
 from kfac_flat.pruning.latency import latency
 from kfac_flat.pruning.tracing import ExampleInputs
 
@@ -54,55 +58,26 @@ def run(
     epochs: int,
     data: tuple[Images, Images],
     on_epoch: Callable[[], None] = lambda: None,
+    budget: str = "neurons",
+    execution: Execution = PLAIN,
 ) -> Record:
-    """Train one network, remove a share of its neurons on the way, and say what came of it."""
-    torch.manual_seed(seed)
-    shuffle = torch.Generator().manual_seed(seed)
-    train_set, test_set = data
-    model, example = task.network().to(train_set.images.device), train_set.images[:1]
-    optimizer = method.optimizer(task.optimizer(model), model)
-    pruner = None
-    if sparsity and method.pruner:
-        going = round(sparsity * measured(model, example)[0].neurons)
-        timing = method.timing(task, epochs, task.updates(train_set), going)
-        target = method.target(model, example, sparsity)
-        read = [task.sample(train_set)] if method.reads else []
-        pruner = method.pruner(model, optimizer, example, *read, target=target, **timing.options, **method.options)
-    schedule = task.schedule(optimizer, epochs, train_set)
-
-    start, updates = time.perf_counter(), 0
-    for _ in range(epochs):
-        for _ in task.epoch(model, optimizer, schedule, train_set, shuffle):
-            updates += 1
-            if pruner and timing.is_due(updates):
-                pruner.step()
-        on_epoch()
-    synchronize(example.device)
-    seconds = time.perf_counter() - start
-    size, widths = measured(model, example)
+    """Train one network, remove a share of the budget on the way, and say what came of it; see :func:`train`."""
+    trained = train(task, method, sparsity, seed, epochs, data, on_epoch, budget, execution)
+    model, (train_set, test_set) = trained.model, data
+    size, widths = measured(model, train_set.images[:1])
     return {
         "accuracy": accuracy(model, test_set),
-        "seconds": round(seconds, 2),
-        "missed": max(0.0, round(target - pruner.progress, 4)) if pruner else 0.0,
+        "seconds": trained.seconds,
+        "missed": trained.missed,
         "neurons": size.neurons,
         "parameters": size.parameters,
+        "nonzero": sum(int(p.count_nonzero()) for p in model.parameters()),
         "macs": size.macs,
         "latency": latency(model, ExampleInputs.of(test_set.images[:MEASURED])),
         "rho": max(kfac_flat.spectral_radii(model.eval(), test_set.images[:MEASURED]).values()),
         "sharpness": sharpness(model, train_set.images[:MEASURED], train_set.labels[:MEASURED]),
         "widths": widths,
     }
-
-
-def measured(model: nn.Module, example: Tensor) -> tuple[Size, dict[str, int]]:
-    """Count what there is of a network as it is, and the output channels of all its layers, by name.
-
-    Those of the projections that EigenDamage puts in count as neurons like others; weights that are zero count.
-    """
-    graph = NeuronGraph(model, example)
-    widths = {name: len(graph.channels[name].outputs) for name in graph.producers}
-    parameters = sum(p.numel() for p in model.parameters())
-    return Size(sum(widths[name] for name in graph.hidden), parameters, graph.macs), widths
 
 
 def sharpness(model: nn.Module, images: Tensor, labels: Tensor, noise: float = 0.1, draws: int = 20) -> float:
@@ -119,25 +94,20 @@ def sharpness(model: nn.Module, images: Tensor, labels: Tensor, noise: float = 0
         draws: Number of times it is drawn; always the same noise for the same network.
     """
     model.eval()
-    generator = torch.Generator(images.device).manual_seed(0)
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.dim() > 1}
 
-    def loss(parameters: Mapping[str, Tensor]) -> float:
-        return float(F.cross_entropy(functional_call(model, dict(parameters), (images,)), labels))
-
-    def disturbed(w: Tensor) -> Tensor:
-        return w * (1 + noise * torch.randn(w.shape, generator=generator, device=w.device, dtype=w.dtype))
+    def loss(weights: Mapping[str, Tensor]) -> float:
+        return float(F.cross_entropy(functional_call(model, dict(weights), (images,)), labels))
 
     with torch.inference_mode():
-        plain = loss(weights)
-        rises = [loss({name: disturbed(w) for name, w in weights.items()}) - plain for _ in range(draws)]
+        plain = loss({})
+        rises = [loss(weights) - plain for weights in disturbed(model, noise, draws)]
     return sum(rises) / draws
 
 
 # ---------------------------------------------------------------- all runs
 
 
-IDENTITY = ("task", "method", "sparsity", "seed", "epochs")
+IDENTITY = ("task", "method", "sparsity", "seed", "epochs", "budget", "amp", "pretrained")
 
 
 def planned(options: argparse.Namespace) -> Iterator[Record]:
@@ -146,18 +116,29 @@ def planned(options: argparse.Namespace) -> Iterator[Record]:
         for task in options.task:
             for sparsity in options.sparsity:
                 for method in options.method:
-                    epochs = options.epochs or TASKS[task].epochs
-                    yield {"task": task, "method": method, "sparsity": sparsity, "seed": seed, "epochs": epochs}
+                    yield {
+                        "task": task,
+                        "method": method,
+                        "sparsity": sparsity,
+                        "seed": seed,
+                        "epochs": options.epochs or TASKS[task].epochs,
+                        "budget": options.budget if sparsity else "neurons",  # a dense network is one of every budget
+                        "amp": options.amp,
+                        "pretrained": options.pretrained.fingerprint if TASKS[task].pretrained else None,
+                    }
 
 
 def run_all(options: argparse.Namespace, console: Console) -> None:
     """Make the runs that are missing."""
     data = cache(lambda name: loaded(TASKS[name], options.data_root, options.device))
+    execution = Execution(options.amp, options.compile, options.channels_last)
 
     def make(record: Record, advance: Callable[[float], None]) -> Record:
-        task, name, sparsity, seed, epochs = identity(record, IDENTITY)
+        name, method, sparsity, seed, epochs, budget, *_ = identity(record, IDENTITY)
+        task = starting_from(TASKS[name], options.pretrained) if TASKS[name].pretrained else TASKS[name]
         return run(
-            *(TASKS[task], METHODS[name], sparsity, seed, epochs, data(task)), on_epoch=lambda: advance(1 / epochs)
+            *(task, METHODS[method], sparsity, seed, epochs, data(name)),
+            *(lambda: advance(1 / epochs), budget, execution),
         )
 
     about = circumstances(options.command, options.threads, options.device, ("torch", "torchvision"))
@@ -195,19 +176,61 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["digits"], help="what to train on")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["hgnp", "taylor"], help="how")
-    parser.add_argument("--sparsity", nargs="+", type=share, default=[0.5, 0.75], metavar="SHARE", help="of neurons")
+    amounts = parser.add_mutually_exclusive_group()
+    amounts.add_argument(
+        "--sparsity", nargs="+", type=share, default=[0.5, 0.75], metavar="SHARE", help="of the budget to remove"
+    )
+    amounts.add_argument(
+        "--speedup", nargs="+", type=speedup, metavar="TIMES", help="fewer MACs, instead of a share with --budget macs"
+    )
+    parser.add_argument("--budget", choices=BUDGETS, default="neurons", help="what --sparsity is a share of")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="repetitions")
     parser.add_argument("--epochs", type=whole(1), help="of training; each task has its own unless given")
     parser.add_argument("--data-root", type=Path, help="folder with MNIST/ or cifar-10-batches-py/, as of torchvision")
+    parser.add_argument(
+        "--pretrained", type=Weights.read, metavar="FILE", help="state dict that tasks -pretrained start from"
+    )
     parser.add_argument("--device", default="cpu", help="torch device to run on")
+    parser.add_argument("--amp", choices=AMP, help="type that autocast uses in training")
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="compile training before and after removals",
+    )
+    parser.add_argument("--channels-last", action="store_true", help="lay weights of convolutions out that way")
     parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
     options = parser.parse_args(arguments)
+    if options.speedup:
+        options.sparsity, options.budget = options.speedup, "macs"
     training = [name for name in options.method if METHODS[name].pruner is None]
     if training and any(options.sparsity):
         parser.error(f"--method {' '.join(training)} removes no neurons: give --sparsity 0")
+    check_pretrained(parser, options)
     options.command = command_line(parser, arguments, options.data_root)
     return options
+
+
+def check_pretrained(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """See that weights are given where they are used, and fit."""
+    starting = [name for name in options.task if TASKS[name].pretrained]
+    if bool(starting) != bool(options.pretrained):
+        parser.error("--pretrained FILE and tasks named -pretrained go together")
+    for name in starting:
+        try:
+            starting_from(TASKS[name], options.pretrained)
+        except ValueError as error:
+            parser.error(f"--pretrained for {name}: {error}")
+
+
+def speedup(text: str) -> float:
+    """Read how many times fewer multiply-accumulates there are to be, as the share to remove."""
+    times = float(text)
+    if not 1 <= times < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return 1 - 1 / times
 
 
 def share(text: str) -> float:

@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 from baselines import SAM
 from benchmarks import policy
 from benchmarks.accuracy import run, share
+from benchmarks.images import load_mnist
 from benchmarks.methods import Method
 from benchmarks.records import (
     Record,
@@ -44,7 +45,7 @@ from benchmarks.records import (
     read_records,
     spread,
 )
-from benchmarks.tasks import CRITERION, TASKS, load_mnist
+from benchmarks.tasks import CRITERION, TASKS
 from examples.digits import Images
 from kfac_flat import FlatKFAC
 

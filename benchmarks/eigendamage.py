@@ -34,9 +34,10 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from baselines import ChannelOBDPruner, ChannelOBSPruner, EigenDamagePruner, KronOBDPruner, KronOBSPruner
+from benchmarks.images import load_small_cifar
+from benchmarks.networks import CifarNet
 from benchmarks.policy import by_seed
 from benchmarks.records import Record, circumstances, command_line, how_made, make_missing, read_records, spread
-from benchmarks.tasks import CifarNet, load_small_cifar
 from examples import digits
 from examples.digits import Images, accuracy
 

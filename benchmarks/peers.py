@@ -9,7 +9,8 @@ What is known of it (1.6), and what is done about it here:
 - It makes new Parameters when it cuts, which the optimizer does not hold. The optimizer is given them, as a new one
   with the same options would be, so that the schedule of the learning rate goes on; its momentum is lost.
 - Its constructor leaves the model in eval mode. The mode is restored.
-- Its global ratio counts tied channels once. Here it steps until as many neurons have gone as others count.
+- Its global ratio counts tied channels once, and knows nothing of multiply-accumulates. Here it steps until as many
+  neurons or MACs have gone as others count.
 - Its Taylor importance never counts BatchNorm, whose branch asks for GroupNorm, and reads the gradients that happen to
   be there. It stays so, but that gradients of 1,024 training images are there. They go along in a cut.
 - A group of one channel makes its regularizer divide zero by zero and writes the result into gradients. Such gradients
@@ -46,11 +47,12 @@ class TorchPruning:
         optimizer: Any torch optimizer over its parameters.
         example: What the model is called with.
         batches: Training images with their labels, for importances that need gradients.
-        target: Share of the neurons to remove in the end.
+        target: Share of the budget to remove in the end.
         start: Epochs of training before the first removal.
         every: Epochs from one removal to the next.
         events: Number of removals.
         pace: How the target is divided among the events, as for NeuronPruner.
+        budget: What ``target`` is a share of: the model's "neurons" or its "macs".
     """
 
     def __init__(
@@ -65,12 +67,15 @@ class TorchPruning:
         every: int,
         events: int,
         pace: str = "cubic",
+        budget: str = "neurons",
     ) -> None:
         self._model, self._optimizer, self._batches = model, optimizer, batches
         self._target, self._schedule = target, Schedule(start, every, events, pace)
         graph = NeuronGraph(model, example)
         self._hidden = [model.get_submodule(name) for name in graph.hidden]
-        self._dense = self.neurons
+        self._positions = {model.get_submodule(name): graph.positions[name] for name in graph.producers}
+        self._budget = budget
+        self._dense = self.amount
         self._epoch = self._event = 0
         outputs = [model.get_submodule(name) for name in graph.frozen]
         training = model.training
@@ -98,9 +103,19 @@ class TorchPruning:
         return sum(len(weight_of(layer)) for layer in self._hidden)
 
     @property
+    def macs(self) -> float:
+        """Multiply-accumulates of one example in the layers as they are now."""
+        return sum(weight_of(layer).numel() * positions for layer, positions in self._positions.items())
+
+    @property
+    def amount(self) -> float:
+        """What the model is in terms of the budget."""
+        return float({"neurons": self.neurons, "macs": self.macs}[self._budget])
+
+    @property
     def progress(self) -> float:
-        """Share of the neurons removed so far."""
-        return 1 - self.neurons / self._dense
+        """Share of the budget removed so far."""
+        return 1 - self.amount / self._dense
 
     @property
     def finished(self) -> bool:
@@ -115,7 +130,7 @@ class TorchPruning:
         self._event += 1
         self._prepare()
         left = self._dense * (1 - self._target * self._schedule.share(self._event))
-        while self.neurons > left + ROUNDING and self._peer.current_step < STEPS:
+        while self.amount > left + ROUNDING and self._peer.current_step < STEPS:
             self._peer.step()
         self._follow()
 

@@ -36,6 +36,8 @@ from torch import nn
 from torch.optim import SGD
 
 from benchmarks import tasks
+from benchmarks.images import load_small_cifar
+from benchmarks.networks import CifarNet
 from benchmarks.records import (
     Record,
     circumstances,
@@ -46,7 +48,7 @@ from benchmarks.records import (
     read_records,
     spread,
 )
-from benchmarks.tasks import CifarNet, Task, accuracy, load_small_cifar
+from benchmarks.tasks import Task, accuracy
 from examples import digits
 from examples.digits import Images, dense_size
 from kfac_flat import FlatKFAC, NeuronPruner

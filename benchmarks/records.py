@@ -24,6 +24,9 @@ import kfac_flat
 
 Record = dict[str, Any]
 
+# What it means that lines from before there was such an entry lack it.
+UNSAID: Record = {"budget": "neurons", "amp": None, "pretrained": None}
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -75,7 +78,7 @@ def make_missing(
     with progress_bar(console) as progress:
         bar = progress.add_task("", total=len(missing))
         for number, record in enumerate(missing, 1):
-            label = " ".join(map(str, identity(record, names)))
+            label = " ".join(str(value) for value in identity(record, names) if value is not None)
             progress.update(bar, description=label)
             found = make(record, lambda share: progress.advance(bar, share))
             append(file_of(record), record | found | about)
@@ -91,7 +94,7 @@ def in_file_of_task(folder: Path) -> Callable[[Record], Path]:
 
 def identity(record: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
     """Return the entries that make two runs the same run."""
-    return tuple(record[name] for name in names)
+    return tuple(record[name] if name in record else UNSAID[name] for name in names)
 
 
 def command_line(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, data_root: Path | None) -> str:

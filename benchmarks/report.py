@@ -1,23 +1,24 @@
 """Tables and pictures of all runs that :mod:`benchmarks.accuracy` has made.
 
-Written to ``docs/results/``: ``accuracy.md``, and for each task ``accuracy/TASK.png``. Nothing is measured here and no
-number is typed by hand: run ``python -m benchmarks.report`` again whenever there are more runs.
+Written to ``docs/results/``: ``accuracy.md``, and for each setting a picture in ``accuracy/``. Nothing is measured here
+and no number is typed by hand: run ``python -m benchmarks.report`` again whenever there are more runs.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from baselines.hybrid import area as polygon_area
 from benchmarks.accuracy import MEASURED, RESULTS, TOLERATED
 from benchmarks.methods import METHODS
-from benchmarks.records import Record, how_made, read_records, spread
+from benchmarks.records import Record, how_made, identity, read_records, spread
 
 REFERENCE = "taylor"  # what areas are compared with, as in the paper's Table 4
 COLUMNS: dict[str, Callable[[Record], float]] = {  # what else is told of runs, and how it is counted
@@ -37,13 +38,61 @@ Written by `python -m benchmarks.report` from the runs of `python -m benchmarks.
 - Accuracy: on the test images after the last epoch, in %, mean ± standard deviation (number of seeds); the highest mean
   is in bold.
 - Columns say what was asked for; † marks where more than {TOLERATED:.0%} less went. EigenDamage, weight pruning and
-  SNIP are asked for as many parameters as go when every layer loses that share of its neurons; "neurons" below are
-  output channels, those of projections among them, and "parameters" count zeros.
+  SNIP are asked for as many parameters as go when every layer loses that share of its neurons; where the budget is
+  MACs, EigenDamage is asked for these like all others. "neurons" below are output channels, those of projections among
+  them, and "parameters" count zeros.
 - Area: under accuracy against sparsity, how much larger than that of {REFERENCE}, at the sparsities that both have.
 - Latency: of one call on {MEASURED} test images, on which rho is measured as well.
 - Sharpness: mean rise of the training loss when all weights of layers are multiplied by 1 plus normal noise of 0.1.
 """
 STYLES = ("-", "--", ":", "-.")
+
+# ---------------------------------------------------------------- what belongs together
+
+SETTING = ("task", "epochs", "budget", "amp", "pretrained")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that can be compared with each other: of one task, as long, to the same budget, computed alike.
+
+    Attributes:
+        task: What was trained.
+        budget: What sparsities are shares of.
+        title: All that these runs have in common.
+        name: The same in the name of a file.
+        runs: Theirs; dense networks are there for every budget.
+    """
+
+    task: str
+    budget: str
+    title: str
+    name: str
+    runs: list[Record]
+
+
+def settings(records: Sequence[Record]) -> Iterator[Setting]:
+    """Put together what can be compared, in the order in which it comes."""
+    for common in dict.fromkeys(identity(r, SETTING) for r in records):
+        task, epochs, budget, amp, pretrained = common
+        known = (task, epochs, "neurons", amp, pretrained)
+        own = [
+            r
+            for r in records
+            if identity(r, SETTING) == common or (identity(r, SETTING) == known and not r["sparsity"])
+        ]
+        rest = [*(["MACs"] if budget == "macs" else []), *filter(None, (amp, pretrained))]
+        yield Setting(
+            task, budget, ", ".join([task, f"{epochs} epochs", *rest]), "-".join([task, str(epochs), *rest]), own
+        )
+
+
+def asked(level: float, budget: str) -> str:
+    """Say what was asked for."""
+    if not level:
+        return "dense"
+    return f"{level:.0%} removed" if budget == "neurons" else f"{1 / (1 - level):.3g}x fewer MACs"
+
 
 # ---------------------------------------------------------------- numbers
 
@@ -65,9 +114,8 @@ def matching(runs: Iterable[Record], method: str, sparsity: float) -> list[Recor
 
 
 def area(runs: Sequence[Record], method: str, levels: Sequence[float]) -> float:
-    """Area under the curve of mean accuracy (%) against sparsity, between the first level and the last."""
-    points = [(level, mean(r["accuracy"] for r in matching(runs, method, level))) for level in levels]
-    return sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairwise(points))
+    """Area under the polygon of mean accuracy (%) over sparsity, from the first of these levels to the last."""
+    return polygon_area(levels, [mean(r["accuracy"] for r in matching(runs, method, level)) for level in levels])
 
 
 def gain(runs: Sequence[Record], method: str) -> float | None:
@@ -87,7 +135,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]
         yield f"| {' | '.join(row)} |"
 
 
-def accuracies(runs: Sequence[Record]) -> Iterator[str]:
+def accuracies(runs: Sequence[Record], budget: str = "neurons") -> Iterator[str]:
     """Write accuracy by method and sparsity, best means in bold."""
     levels, methods = levels_of(runs), methods_of(runs)
     found = {(m, s): [r["accuracy"] for r in matching(runs, m, s)] for m in methods for s in levels}
@@ -105,7 +153,7 @@ def accuracies(runs: Sequence[Record]) -> Iterator[str]:
         found = gain(runs, method)
         return "" if found is None else f"{found:+.2f}"
 
-    header = ["method", *(f"{s:.0%} removed" if s else "dense" for s in levels), f"area vs {REFERENCE} %"]
+    header = ["method", *(asked(s, budget) for s in levels), f"area vs {REFERENCE} %"]
     yield from table(header, ([m, *(cell(m, s) for s in levels), gained(m)] for m in methods))
 
 
@@ -123,7 +171,7 @@ def _short(value: float) -> str:
 # ---------------------------------------------------------------- pictures
 
 
-def draw(runs: Sequence[Record], path: Path, title: str) -> None:
+def draw(runs: Sequence[Record], path: Path, title: str, budget: str = "neurons") -> None:
     """Draw accuracy against sparsity, and against the share of MACs that is left."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -133,7 +181,11 @@ def draw(runs: Sequence[Record], path: Path, title: str) -> None:
         line = {"label": method, "color": f"C{i % 10}", "linestyle": STYLES[i // 10 % len(STYLES)]}
         _curve(left, [(mean(r["sparsity"] for r in g), g) for g in groups if g], line)
         _curve(right, [(mean(r["macs"] for r in g) / dense, g) for g in groups if g], line)
-    left.set(xlabel="share of neurons removed", ylabel="test accuracy after the last epoch, %", title=title)
+    left.set(
+        xlabel=f"share of {'MACs' if budget == 'macs' else budget} removed",
+        ylabel="test accuracy after the last epoch, %",
+        title=title,
+    )
     right.set(xlabel="share of MACs left", xscale="log")
     right.invert_xaxis()
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
@@ -153,15 +205,26 @@ def _curve(axes: Axes, points: Sequence[tuple[float, Sequence[Record]]], line: d
 def report(records: Sequence[Record], pictures: Path) -> Iterator[str]:
     """Write the lines of the report, and draw its pictures."""
     yield from PREFACE.splitlines()
-    for task, epochs in dict.fromkeys((r["task"], r["epochs"]) for r in records):
-        own = [r for r in records if (r["task"], r["epochs"]) == (task, epochs)]
-        picture = pictures / f"{task}-{epochs}.png"
-        draw(own, picture, f"{task}, {epochs} epochs")
-        yield from ("", f"## {task}, {epochs} epochs", "", *accuracies(own))
-        yield from ("", f"![{task}]({pictures.name}/{picture.name})")
-        for level in levels_of(own):
-            yield from ("", f"{level:.0%} of the neurons removed" if level else "Dense", "", *sizes(own, level))
-        yield from ("", *(f"- {line}" for line in how_made(own)))
+    for setting in settings(records):
+        picture = pictures / f"{setting.name}.png"
+        draw(setting.runs, picture, setting.title, setting.budget)
+        yield from ("", f"## {setting.title}", "", *accuracies(setting.runs, setting.budget))
+        yield from ("", f"![{setting.task}]({pictures.name}/{picture.name})")
+        for level in levels_of(setting.runs):
+            yield from ("", asked(level, setting.budget).capitalize(), "", *sizes(setting.runs, level))
+        yield from ("", *(f"- {line}" for line in how_made(setting.runs)))
+
+
+def read_all(folder: Path) -> list[Record]:
+    """Read the runs of all tasks.
+
+    Raises:
+        SystemExit: if there are none.
+    """
+    records = [record for file in sorted(folder.glob("*.jsonl")) for record in read_records(file)]
+    if not records:
+        raise SystemExit(f"{folder} holds no runs yet: make some with python -m benchmarks.accuracy")
+    return records
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -174,9 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=RESULTS, help="folder with TASK.jsonl")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder for accuracy.md and accuracy/")
     options = parser.parse_args(arguments)
-    records = [record for file in sorted(options.runs.glob("*.jsonl")) for record in read_records(file)]
-    if not records:
-        raise SystemExit(f"{options.runs} holds no runs yet: make some with python -m benchmarks.accuracy")
+    records = read_all(options.runs)
     pictures = options.out / "accuracy"
     pictures.mkdir(parents=True, exist_ok=True)
     (options.out / "accuracy.md").write_text("\n".join(report(records, pictures)) + "\n")

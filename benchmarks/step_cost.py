@@ -37,9 +37,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from baselines import SAM, SpectralRadius
+from benchmarks.networks import CifarNet
 from benchmarks.records import ROOT, circumstances, command_line, progress_bar
 from benchmarks.saliency_cost import mlp, resnet18_cifar
-from benchmarks.tasks import CRITERION, CifarNet
+from benchmarks.tasks import CRITERION
 from examples.torchvision_models import models
 from kfac_flat import FlatKFAC
 from kfac_flat.curvature.layers import input_dim, is_layer

@@ -88,7 +88,7 @@ class Images:
 
     def batches(self, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield full batches in random order; what is left over at the end of an epoch is not seen in it."""
-        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+        order = torch.randperm(len(self.labels), generator=generator, device=generator.device).to(self.labels.device)
         for chosen in order[: len(order) // size * size].view(-1, size):
             yield self.images[chosen], self.labels[chosen]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -17,8 +18,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import accuracy, tasks
+from benchmarks.execution import Execution
 from benchmarks.methods import METHODS, in_parameters
-from benchmarks.records import identity, read_records
+from benchmarks.networks import torchvision_net
+from benchmarks.pretrained import Weights, load_body, starting_from
+from benchmarks.records import UNSAID, identity, read_records
 from benchmarks.tasks import TASKS, Task
 from examples.digits import DigitsNet, Images
 from kfac_flat import FlatKFAC
@@ -49,10 +53,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_says_what_came_of_it_and_how_it_was_made(folder: Path) -> None:
     (run,) = read_records(folder / "digits.jsonl")
-    assert identity(run, accuracy.IDENTITY) == ("digits", "theta", 0.75, 0, 2)
+    assert identity(run, accuracy.IDENTITY) == ("digits", "theta", 0.75, 0, 2, "neurons", None, None)
     assert run["neurons"] == pytest.approx(DENSE / 4, abs=2)
     assert run["neurons"] == sum(run["widths"].values()) - 10
     assert run["parameters"] < 77_290 / 4
+    assert run["nonzero"] <= run["parameters"]
     assert run["macs"] < 2_116_224 / 4
     assert 5 < run["accuracy"] <= 100
     assert 0 < run["latency"] < run["seconds"]
@@ -153,11 +158,13 @@ def test_eigendamage_removes_the_parameters_of_layers_that_have_lost_their_share
 def test_weights_become_zero_and_are_still_there(name: str, narrow: Any) -> None:
     task, data = narrow
     model = task.network()
-    target = METHODS[name].target(model, data[0].images[:1], 0.5)
+    target = METHODS[name].goal(model, data[0].images[:1], 0.5, "neurons")["target"]
     found = accuracy.run(task, METHODS[name], 0.5, 0, 3, data)
     assert (found["neurons"], found["parameters"]) == (DENSE / 4, sum(p.numel() for p in model.parameters()))
     assert found["missed"] == pytest.approx(0, abs=1e-3)
     assert 0.7 < target < 0.75
+    weights = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    assert found["parameters"] - found["nonzero"] == pytest.approx(target * weights, abs=weights / 500 + 10)
 
 
 def test_data_free_merges_neurons_of_linear_layers_and_says_where_there_are_none(narrow: Any) -> None:
@@ -228,7 +235,7 @@ def test_single_neurons_go_evenly_after_a_third_and_until_the_last_removal(
     updates: int, going: int, epochs: int
 ) -> None:
     task = TASKS["cifar10-resnet18"]
-    timing = METHODS["taylor-one-by-one"].timing(task, epochs, updates, going)
+    timing = METHODS["taylor-one-by-one"].timing(task, epochs, updates, going, "neurons")
     due = [update for update in range(1, epochs * updates + 1) if timing.is_due(update)]
     each = timing.options["neurons_per_event"]
     needed = math.ceil(going / each)
@@ -240,7 +247,9 @@ def test_single_neurons_go_evenly_after_a_third_and_until_the_last_removal(
 
 @pytest.mark.parametrize("epochs", [2, 24])
 def test_a_removal_at_once_comes_with_the_last_of_the_others(epochs: int) -> None:
-    several, single = (METHODS[n].timing(TASKS["digits"], epochs, 21, 9) for n in ("kron-obd", "eigendamage-one-pass"))
+    several, single = (
+        METHODS[n].timing(TASKS["digits"], epochs, 21, 9, "neurons") for n in ("kron-obd", "eigendamage-one-pass")
+    )
     assert several.options["max_step"] == (0.5 if epochs > 2 else 0.95)
     options = several.options
     assert single.options["start"] == options["start"] + (options["events"] - 1) * options["every"]
@@ -248,9 +257,208 @@ def test_a_removal_at_once_comes_with_the_last_of_the_others(epochs: int) -> Non
 
 
 def test_other_methods_are_stepped_at_the_end_of_each_epoch() -> None:
-    timing = METHODS["hgnp"].timing(TASKS["digits"], 24, 21, 100)
+    timing = METHODS["hgnp"].timing(TASKS["digits"], 24, 21, 100, "neurons")
     assert [update for update in range(1, 100) if timing.is_due(update)] == [21, 42, 63, 84]
     assert timing.options == {"start": 4, "every": 1, "events": 10}
+
+
+# ---------------------------------------------------------------- at equal multiply-accumulates
+
+NARROW_MACS = accuracy.measured(DigitsNet(8), torch.ones(1, 1, 8, 8))[0].macs
+
+
+# One method for each pruner with its timing; how the optimizer trains makes no difference here.
+PRUNERS = {
+    (method.pruner, method.timing): name
+    for name, method in reversed(METHODS.items())
+    if method.pruner and name in [*OF_NEURONS, "eigendamage", "eigendamage-one-pass"]
+}
+
+
+@pytest.mark.parametrize("name", [*PRUNERS.values(), "hgnp-per-mac"])
+def test_every_method_gets_to_the_same_multiply_accumulates(name: str, narrow: Any) -> None:
+    task, data = narrow
+    found = accuracy.run(task, METHODS[name], 0.6, 0, 3, data, budget="macs")
+    assert 0.25 * NARROW_MACS < found["macs"] <= 0.4 * NARROW_MACS + 1
+    assert found["missed"] == 0
+
+
+@pytest.fixture
+def narrow_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's task with a network that trains fast."""
+    monkeypatch.setitem(TASKS, "digits", replace(TASKS["digits"], network=partial(DigitsNet, 4)))
+
+
+@pytest.mark.parametrize("name", ["weight-magnitude", "snip"])
+def test_zeros_save_no_multiplications_so_as_many_parameters_go_as_in_a_narrower_network(
+    name: str, narrow: Any
+) -> None:
+    task, data = narrow
+    found = accuracy.run(task, METHODS[name], 0.75, 0, 3, data, budget="macs")
+    assert found["macs"] == NARROW_MACS
+    halved = sum(p.numel() for p in DigitsNet(4).parameters())  # whose multiplications are a quarter, about
+    assert found["nonzero"] == pytest.approx(halved, rel=0.15)
+
+
+@pytest.mark.usefixtures("narrow_digits")
+def test_a_budget_of_its_own_makes_runs_of_their_own_and_dense_ones_belong_to_all(tmp_path: Path) -> None:
+    command(tmp_path, "--method", "random", "--sparsity", 0, 0.5, "--epochs", 1)
+    lines = (tmp_path / "digits.jsonl").read_text().splitlines()
+    old = [{k: v for k, v in json.loads(line).items() if k not in UNSAID} for line in lines]
+    (tmp_path / "digits.jsonl").write_text("".join(json.dumps(run) + "\n" for run in old))
+    again = command(tmp_path, "--method", "random", "--sparsity", 0, 0.5, "--epochs", 1)
+    assert again == old, "lines from before there were budgets count as what they were"
+    usual = ["--task", "digits", "--epochs", "1", "--seeds", "0", "--out", str(tmp_path), "--method", "random"]
+    accuracy.main([*usual, "--speedup", "1", "2"])
+    accuracy.main([*usual, "--sparsity", "0.5", "--budget", "macs"])
+    *before, new = read_records(tmp_path / "digits.jsonl")
+    assert before == old
+    assert (new["budget"], new["sparsity"]) == ("macs", 0.5)
+    dense = accuracy.measured(DigitsNet(4), torch.ones(1, 1, 8, 8))[0].macs
+    assert 0.3 * dense < new["macs"] <= 0.5 * dense
+
+
+def test_single_neurons_become_as_many_equal_shares_of_multiply_accumulates() -> None:
+    task, single = TASKS["digits"], METHODS["taylor-one-by-one"].timing
+    in_neurons, in_macs = (single(task, 24, 21, 100, budget) for budget in ("neurons", "macs"))
+    assert (in_neurons.first, in_neurons.interval) == (in_macs.first, in_macs.interval)
+    assert in_neurons.options == {"start": 1, "every": 1, "neurons_per_event": 1}
+    assert in_macs.options == {"start": 1, "every": 1, "events": 100, "pace": "linear"}
+
+
+# ---------------------------------------------------------------- how it is run, and from which weights
+
+
+@pytest.mark.usefixtures("narrow_digits")
+def test_a_run_compiled_and_in_bfloat16_is_another_run_and_much_the_same(tmp_path: Path) -> None:
+    usual = ["--method", "hgnp", "--sparsity", 0.5, "--epochs", 3]
+    command(tmp_path, *usual)
+    plain, fast = command(tmp_path, *usual, "--amp", "bf16", "--compile", "eager", "--channels-last")
+    assert (plain["amp"], fast["amp"]) == (None, "bf16")
+    assert "--compile eager" in fast["command"]
+    assert plain["neurons"] == fast["neurons"]
+    assert plain["rho"] != fast["rho"]
+    assert fast["accuracy"] == pytest.approx(plain["accuracy"], abs=20)
+
+
+def test_a_network_is_compiled_while_it_lasts(narrow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, data = narrow
+    epochs: list[bool] = []
+
+    def compiled(self: Execution, model: nn.Module) -> nn.Module:
+        epochs.append(self.backend is not None)
+        return model
+
+    monkeypatch.setattr(Execution, "compiled", compiled)
+    short = replace(task, epochs=8, last=5)
+    accuracy.run(short, METHODS["theta"], 0.5, 0, 8, data, execution=Execution(backend="eager"))
+    places = short.removals(8)
+    first, last = places["start"], places["start"] + places["events"] - 1
+    assert epochs[: first + 1] == [True] * first + [False]
+    assert epochs[last:] == [True] * (8 - last)
+    epochs.clear()
+    accuracy.run(short, METHODS["sgd"], 0.0, 0, 2, data, execution=Execution(backend="eager"))
+    assert epochs == [True, True]
+
+
+@pytest.mark.parametrize("name", ["theta", "hgnp"])
+def test_a_network_is_compiled_once_before_the_removals_and_once_after(name: str, narrow: Any) -> None:
+    inputs: list[int] = []
+
+    def backend(module: Any, example_inputs: Any) -> Any:
+        inputs.append(len(example_inputs))
+        return module.forward
+
+    torch.compiler.reset()
+    torch._dynamo.register_backend(name=f"counting-{name}", compiler_fn=backend)
+    task, data = narrow
+    found = [
+        accuracy.run(task, METHODS[name], 0.5, 0, 6, data, execution=execution)
+        for execution in (Execution(backend=f"counting-{name}"), Execution())
+    ]
+    assert len(inputs) == 2
+    assert found[0]["widths"] == found[1]["widths"]
+    assert found[0]["accuracy"] == found[1]["accuracy"]
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of three classes that starts from given weights; images are the digits 0 to 2."""
+
+    def load(_: Any) -> tuple[Images, Images]:
+        train, test = TASKS["digits"].load(None)
+        chosen = [(part.images[part.labels < 3], part.labels[part.labels < 3]) for part in (train, test)]
+        return Images(*chosen[0]), Images(*chosen[1])
+
+    def network() -> nn.Module:
+        model = DigitsNet(8)
+        model.head = nn.Linear(16, 3)
+        return model
+
+    monkeypatch.setitem(TASKS, "pretrained", replace(TASKS["digits"], load=load, network=network, pretrained=True))
+
+
+@pytest.mark.usefixtures("bodies")
+def test_a_pretrained_network_starts_from_the_files_weights_but_for_its_head(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    trained = DigitsNet(8)
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    weights = Weights.read(str(tmp_path / "weights.pt"))
+    assert weights.fingerprint == hashlib.sha256((tmp_path / "weights.pt").read_bytes()).hexdigest()[:12]
+    model = starting_from(TASKS["pretrained"], weights).network()
+    for name, value in model.state_dict().items():
+        assert name.startswith("head") or torch.equal(value, trained.state_dict()[name])
+    assert model.head.weight.shape == (3, 16)  # type: ignore[union-attr]
+    usual = ["--task", "pretrained", "--epochs", "1", "--seeds", "0", "--method", "theta", "--out", str(tmp_path)]
+    accuracy.main([*usual, "--pretrained", str(tmp_path / "weights.pt")])
+    runs = read_records(tmp_path / "pretrained.jsonl")
+    assert [run["pretrained"] for run in runs] == [weights.fingerprint] * 2
+    assert runs[0]["widths"]["head"] == 3
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_torchvisions_weights_fit_its_networks_with_another_head(name: str) -> None:
+    weights = torchvision_net(name, 1000).state_dict()
+    model = torchvision_net(name, 5)
+    load_body(model, weights)
+    head = {"resnet18": "fc", "mobilenet_v2": "classifier.1"}[name]
+    assert model.get_submodule(head).weight.shape[0] == 5
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items() if not k.startswith(head))
+    before = copy.deepcopy(model.state_dict())
+    first = next(iter(weights))
+    wrong = {k: v + 1 for k, v in weights.items()} | {first: torch.zeros(2, 3), "more": torch.zeros(1)}
+    del wrong[f"{head}.weight"], wrong[list(weights)[1]]
+    with pytest.raises(
+        ValueError, match=f"{list(weights)[1]} is missing; more is not the model's; {first} is "
+    ) as error:
+        load_body(model, wrong)
+    assert "[2, 3] and should be [" in str(error.value)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.usefixtures("bodies")
+def test_weights_that_do_not_fit_are_refused_before_anything_runs(tmp_path: Path, capsys: Any) -> None:
+    torch.save(DigitsNet(4).state_dict(), tmp_path / "narrow.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("no weights")
+    usual = ["--method", "theta", "--out", str(tmp_path)]
+    for arguments, message in (
+        (["--task", "pretrained"], "--pretrained FILE and tasks named -pretrained go together"),
+        (["--pretrained", str(tmp_path / "narrow.pt")], "--pretrained FILE and tasks named -pretrained go together"),
+        (
+            ["--task", "pretrained", "--pretrained", str(tmp_path / "narrow.pt")],
+            "stem.weight is [4, 1, 3, 3] and should",
+        ),
+        (["--task", "pretrained", "--pretrained", str(tmp_path / "list.pt")], "holds no state dict"),
+        (["--task", "pretrained", "--pretrained", str(tmp_path / "text.pt")], "cannot be read as a state dict"),
+        (["--task", "pretrained", "--pretrained", str(tmp_path / "none.pt")], "cannot be read as a state dict"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            accuracy.main([*usual, *arguments])
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.jsonl"))
 
 
 # ---------------------------------------------------------------- sharpness
@@ -292,9 +500,13 @@ def test_sharpness_does_not_change_when_layers_are_scaled_against_each_other() -
     ("wrong", "message"),
     [
         (["--method", "sgd"], "sgd removes no neurons: give --sparsity 0"),
+        (["--method", "sgd", "--speedup", "1", "2"], "sgd removes no neurons: give --sparsity 0"),
         (["--method", "magic"], "invalid choice: 'magic'"),
         (["--task", "imagenet"], "invalid choice: 'imagenet'"),
         (["--sparsity", "1"], "must be at least 0 and less than 1"),
+        (["--speedup", "0.5"], "must be at least 1"),
+        (["--speedup", "2", "--sparsity", "0.5"], "not allowed with"),
+        (["--amp", "int8"], "invalid choice: 'int8'"),
     ],
 )
 def test_impossible_options_are_refused(wrong: list[str], message: str, capsys: Any) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import eigendamage, tasks
+from benchmarks import eigendamage
 
 pytestmark = pytest.mark.usefixtures("cifar")
 
@@ -21,7 +21,7 @@ def cifar(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise in the form of CIFAR-10, in its place."""
     pixels = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
     fake = SimpleNamespace(CIFAR10=lambda root, train: SimpleNamespace(data=pixels, targets=[3, 7, 1] * 100))
-    monkeypatch.setattr(tasks, "datasets", fake)
+    monkeypatch.setattr("benchmarks.images.datasets", fake)
 
 
 def command(folder: Path, *arguments: Any) -> list[dict[str, Any]]:

@@ -54,6 +54,27 @@ def test_every_one_of_them_trains_and_removes_the_neurons_it_is_asked_to(name: s
     assert (again["widths"], again["accuracy"]) == (found["widths"], found["accuracy"])
 
 
+@pytest.mark.parametrize("name", [name for name in METHODS if name.startswith("tp-")])
+def test_every_one_of_them_gets_to_the_multiply_accumulates_it_is_asked_for(name: str) -> None:
+    train_set, test_set = TASKS["digits"].load(None)
+    task = replace(TASKS["digits"], network=partial(DigitsNet, 8))
+    data = Images(train_set.images[:192], train_set.labels[:192]), Images(test_set.images[:50], test_set.labels[:50])
+    found = accuracy.run(task, METHODS[name], 0.6, 0, 3, data, budget="macs")
+    dense = accuracy.measured(DigitsNet(8), data[0].images[:1])[0].macs
+    assert 0.35 * dense < found["macs"] <= 0.4 * dense
+    assert found["missed"] == 0
+
+
+def test_its_multiply_accumulates_are_those_of_the_model_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = DigitsNet(8)
+    optimizer, peer, batches = made(TorchPruning, model, budget="macs")
+    for _ in range(3):
+        assert peer.macs == accuracy.measured(model, batches[0][0][:1])[0].macs
+        peer.step()
+        train(model, optimizer, batches)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_removes_in_the_epochs_and_at_the_pace_of_the_others(kind: Any) -> None:
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import policy, tasks
+from benchmarks import policy
 from benchmarks.policy import TASKS, Policy
 from benchmarks.records import identity
 from examples.digits import Images
@@ -141,7 +141,7 @@ def cifar(monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """Noise in the form of CIFAR-10, in its place."""
     pixels = np.random.default_rng(0).integers(0, 256, (2_500, 32, 32, 3), dtype=np.uint8)
     fake = SimpleNamespace(CIFAR10=lambda root, train: SimpleNamespace(data=pixels, targets=[3, 7] * 1_250))
-    monkeypatch.setattr(tasks, "datasets", fake)
+    monkeypatch.setattr("benchmarks.images.datasets", fake)
     return pixels
 
 

@@ -105,6 +105,22 @@ def test_the_command_writes_all_tasks_with_pictures_and_circumstances(tmp_path: 
     assert f"{4 * len(records())} runs" in capsys.readouterr().out
 
 
+def test_runs_to_other_budgets_or_computed_otherwise_are_reported_apart_and_dense_ones_with_every_budget() -> None:
+    macs = [
+        r | {"budget": "macs", "sparsity": 0.8} for r in records() if r["method"] == "hgnp" and r["sparsity"] == 0.9
+    ]
+    half = [r | {"amp": "bf16"} for r in records() if r["method"] == "sgd"]
+    of_neurons, of_macs, in_half = report.settings([*records(), *macs, *half])
+    assert of_neurons.runs == records()
+    assert of_macs.runs == [*(r for r in records() if not r["sparsity"]), *macs]
+    assert in_half.runs == half
+    assert [s.title for s in (of_macs, in_half)] == ["digits, 24 epochs, MACs", "digits, 24 epochs, bf16"]
+    assert [s.name for s in (of_neurons, of_macs)] == ["digits-24", "digits-24-MACs"]
+    table = rows(list(report.accuracies(of_macs.runs, of_macs.budget)))
+    assert table["method"][:2] == ["dense", "5x fewer MACs"]
+    assert table["hgnp"][:2] == ["", "**52.00 ± 2.00 (3)**"]
+
+
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no runs yet"):
         report.main(["--runs", str(tmp_path), "--out", str(tmp_path)])

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import taylor_rank
-from benchmarks.tasks import CifarNet
+from benchmarks.networks import CifarNet
 from benchmarks.taylor_rank import ALL, ORACLES, correlations, loss_changes, ranks, spearman
 from examples.digits import Images
 from kfac_flat import NeuronPruner
