@@ -1,0 +1,321 @@
+"""What a pruning step or a whole run did to a model, as a page to look at in a browser."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import kfac_flat
+from kfac_flat.page import charts
+from kfac_flat.page.markup import Column, Markup, Section, details, dotted, element, joined, page, table
+from kfac_flat.pruning.report import PruneReport, Size
+from kfac_flat.pruning.text import fewer
+
+_CELLS = 256  # of the picture of a layer's channels; in wider layers several channels share one
+_SHADES = 4  # to show how many of them are left
+_RANGES = 20_000  # of positions on a page, so that it stays small; each layer may have some in any case
+_LEAST_RANGES = 40
+
+SIZES = {"neurons": "Neurons", "parameters": "Parameters", "macs": "MACs", "latency": "Latency"}
+
+
+def write_step(report: PruneReport, path: str | os.PathLike[str], title: str) -> Path:
+    """Write the page of one step, and return its path."""
+    sections = [
+        _sizes(report),
+        layers_section(report.widths_before, report.widths_after, report.frozen),
+        *([_removed(report)] if report else []),
+        *frozen_section(report.frozen),
+    ]
+    lead = f"Epoch {report.epoch}: {report.sparsity:.1%} of the neurons removed."
+    return write(path, title, [lead, report.reason], sections)
+
+
+def write_run(
+    run: PruneReport,
+    history: Sequence[PruneReport],
+    series: Mapping[str, Sequence[float]],
+    path: str | os.PathLike[str],
+    title: str,
+) -> Path:
+    """Write the page of a whole run, and return its path.
+
+    Args:
+        run: What has become of the dense model, as a single report.
+        history: The reports of its steps, as far as they are known.
+        series: What else is drawn over the epochs: one value for each report, by name.
+        path: Where to save the page.
+        title: Stands above it.
+
+    Raises:
+        ValueError: if there are more or fewer values than reports.
+    """
+    for name, values in series.items():
+        if len(values) != len(history):
+            raise ValueError(
+                f"series[{name!r}] has {len(values)} values, but there were {len(history)} steps: give one value for "
+                "each report in pruner.history, float('nan') where there is none"
+            )
+    sections = [
+        _sizes(run),
+        *([_over_time(run, history, series)] if history else []),
+        layers_section(run.widths_before, run.widths_after, run.frozen),
+        *([_survivors(run)] if run else []),
+        *frozen_section(run.frozen),
+    ]
+    lead = f"After epoch {run.epoch}, {run.sparsity:.1%} of the neurons have been removed."
+    return write(path, title, [lead, history[-1].reason if history else ""], sections)
+
+
+def write(path: str | os.PathLike[str], title: str, lead: Iterable[str], sections: Sequence[Section]) -> Path:
+    """Write a page of the library's, and return its path."""
+    paragraphs = joined(element("p", text) for text in lead if text)
+    written = page(title, paragraphs, sections, f"Made by kfac-flat {kfac_flat.__version__}.")
+    Path(path).write_text(written, encoding="utf-8")
+    return Path(path)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def _sizes(report: PruneReport) -> Section:
+    return Section("size", "Size of the model", tiles(report.before, report.after))
+
+
+def tiles(before: Size, after: Size) -> Markup:
+    """Show each size afterwards, large, and what it was before."""
+    shown = []
+    for name, title in SIZES.items():
+        was, is_ = getattr(before, name), getattr(after, name)
+        if was is None or is_ is None:
+            continue
+        bar = element("span", element("i", style=f"width:{_percent(is_, was)}"), class_="share", aria_hidden="true")
+        shown.append(
+            element(
+                "div",
+                element("dt", title),
+                element("dd", element("b", _amount(name, is_)), bar, f"of {_amount(name, was)}, {fewer(was, is_)}"),
+            )
+        )
+    return element("dl", *shown, class_="tiles")
+
+
+def _amount(name: str, value: float) -> str:
+    return f"{1000 * value:.3g} ms" if name == "latency" else f"{value:,}"
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole if whole else 0:.4g}%"
+
+
+# ---------------------------------------------------------------- over time
+
+
+def _over_time(run: PruneReport, history: Sequence[PruneReport], series: Mapping[str, Sequence[float]]) -> Section:
+    epochs = [report.epoch for report in history]
+    span = epochs[0] - 1, epochs[-1]
+    cuts = [report.epoch for report in history if report]
+    curves = [
+        *(charts.Series(name, list(zip(epochs, map(float, values), strict=True))) for name, values in series.items()),
+        _sparsity(run, history),
+        *_size_curves(history),
+    ]
+    return Section(
+        "time",
+        "Over time",
+        joined(
+            [
+                element(
+                    "p",
+                    element("span", class_="key", aria_hidden="true"),
+                    "marks the epochs at whose end neurons went. Sizes are those afterwards.",
+                    class_="note",
+                ),
+                element(
+                    "div",
+                    *(charts.chart(curve, (epochs[0] - 1, epochs[-1]), cuts) for curve in curves),
+                    class_="charts",
+                ),
+                details("All values, by epoch", _values(history, curves)),
+            ]
+        ),
+    )
+
+
+def _sparsity(run: PruneReport, history: Sequence[PruneReport]) -> charts.Series:
+    shares = [1 - size.neurons / run.before.neurons for size in _all_sizes(history)]
+    points = list(zip(_all_epochs(history), shares, strict=True))
+    return charts.Series("Sparsity", points, "{:.1%}".format, "{:.0%}".format, steps=True, from_zero=True)
+
+
+def _size_curves(history: Sequence[PruneReport]) -> list[charts.Series]:
+    curves = []
+    for name, title in SIZES.items():
+        values = [getattr(size, name) for size in _all_sizes(history)]
+        if None in values:
+            continue
+        unit, form = (" (ms)", "{:.3g}".format) if name == "latency" else ("", "{:,.0f}".format)
+        points = [
+            (epoch, (1000 if unit else 1) * value) for epoch, value in zip(_all_epochs(history), values, strict=True)
+        ]
+        curves.append(charts.Series(title + unit, points, form, steps=True, from_zero=True))
+    return curves
+
+
+def _all_sizes(history: Sequence[PruneReport]) -> list[Size]:
+    return [history[0].before, *(report.after for report in history)]
+
+
+def _all_epochs(history: Sequence[PruneReport]) -> list[int]:
+    return [history[0].epoch - 1, *(report.epoch for report in history)]
+
+
+def _values(history: Sequence[PruneReport], curves: Sequence[charts.Series]) -> Markup:
+    by_epoch = [dict(curve.points) for curve in curves]
+    rows = [
+        [str(report.epoch), *(curve.form(at[report.epoch]) for curve, at in zip(curves, by_epoch, strict=True))]
+        for report in history
+    ]
+    return table("Values at the end of each epoch", [Column("Epoch"), *(Column(c.title) for c in curves)], rows)
+
+
+# ---------------------------------------------------------------- layers
+
+
+def layers_section(before: Mapping[str, int], after: Mapping[str, int], frozen: Mapping[str, str]) -> Section:
+    """List all layers with their widths as numbers and as bars."""
+    numbers, most = reason_numbers(frozen), max(before.values(), default=1)
+    rows = []
+    for name, was in before.items():
+        lost = was - after[name]
+        note = f"frozen ({numbers[frozen[name]]})" if name in frozen else ""
+        bar = element(
+            "span",
+            element("i", style=f"width:{_percent(after[name], was)}"),
+            class_="bar" if lost or not note else "bar whole",
+            style=f"width:{_percent(was, most)}",
+            aria_hidden="true",
+        )
+        label = element("span", dotted(name), *([" ", element("span", note, class_="tag")] if note else []))
+        share = f"{lost / was:.1%}" if lost else "-"
+        rows.append(
+            [element("div", label, element("span", bar), class_="named"), f"{was:,}", f"{after[name]:,}", share]
+        )
+    columns = [Column("Layer", "text"), Column("Before"), Column("After"), Column("Gone")]
+    return Section("layers", "Layers", table("Output channels of each layer", columns, rows))
+
+
+# ---------------------------------------------------------------- channels
+
+
+def _removed(report: PruneReport) -> Section:
+    """List what went, by original positions."""
+    limit = _ranges_each(report)
+    rows = [[dotted(name), f"{len(gone):,}", ranges(gone, limit)] for name, gone in report.removed.items()]
+    caption = "Channels that went, by their positions in the original layer, from 0"
+    columns = [Column("Layer", "text"), Column("Gone"), Column("Positions", "wide")]
+    return Section("channels", "Channels that went", table(caption, columns, rows))
+
+
+def _survivors(run: PruneReport) -> Section:
+    """Show where in each original layer the channels stood that are left."""
+    limit, strips, positions = _ranges_each(run), [], []
+    for name, gone in run.removed.items():
+        stays = torch.ones(run.widths_before[name], dtype=torch.bool)
+        stays[gone] = False
+        left = f"{int(stays.sum()):,} of {len(stays):,}"
+        strips.append([dotted(name), strip(stays, f"{name}: {left} channels left"), left])
+        positions.append([dotted(name), ranges(stays.nonzero().flatten(), limit)])
+    columns = [Column("Layer", "text"), Column("Original channels, the first on the left", "wide"), Column("Left")]
+    caption = "The channels that are left stand out, at their original positions"
+    by_number = table(
+        "Original positions of the channels that are left, from 0",
+        [Column("Layer", "text"), Column("Positions", "wide")],
+        positions,
+    )
+    content = joined([table(caption, columns, strips), details("Positions as numbers", by_number)])
+    return Section("channels", "Channels that survived", content)
+
+
+def _ranges_each(report: PruneReport) -> int:
+    return max(_LEAST_RANGES, _RANGES // max(1, len(report.removed)))
+
+
+def ranges(positions: Tensor, limit: int) -> str:
+    """Write ascending positions, those that follow each other as a range.
+
+    Example:
+        >>> ranges(torch.tensor([0, 1, 2, 5, 7, 8]), 10), ranges(torch.tensor([1, 3, 5, 7]), 2)
+        ('0-2, 5, 7, 8', '1, 3, and 2 more')
+    """
+    runs = _runs(positions.tolist())
+    written = [_range(start, end - 1) for start, end in runs[:limit]]
+    rest = sum(end - start for start, end in runs[limit:])
+    return ", ".join([*written, *([f"and {rest:,} more"] if rest else [])]) or "none"
+
+
+def _range(first: int, last: int) -> str:
+    if last - first < 2:
+        return ", ".join(map(str, range(first, last + 1)))
+    return f"{first}-{last}"
+
+
+def strip(stays: Tensor, label: str) -> Markup:
+    """Draw a layer's channels side by side, those that stay filled; where they share a cell, the fuller the more do."""
+    cells = min(len(stays), _CELLS)
+    cell = torch.arange(len(stays)) * cells // len(stays)
+    share = torch.zeros(cells).index_add(0, cell, stays.float()) / torch.bincount(cell, minlength=cells)
+    shades = (share * _SHADES).ceil().long().tolist()
+    paths = []
+    for shade in range(1, _SHADES + 1):
+        runs = _runs(i for i, s in enumerate(shades) if s == shade)
+        if runs:
+            d = "".join(f"M{start} 0h{end - start}v1H{start}" for start, end in runs)
+            paths.append(element("path", d=d, opacity=None if shade == _SHADES else shade / _SHADES))
+    return element(
+        "svg",
+        *paths,
+        viewBox=f"0 0 {cells} 1",
+        preserveAspectRatio="none",
+        role="img",
+        aria_label=label,
+        class_="strip",
+    )
+
+
+def _runs(positions: Iterable[int]) -> list[tuple[int, int]]:
+    """Join positions that follow each other: start and end of each run."""
+    runs: list[tuple[int, int]] = []
+    for i in positions:
+        if runs and runs[-1][1] == i:
+            runs[-1] = runs[-1][0], i + 1
+        else:
+            runs.append((i, i + 1))
+    return runs
+
+
+# ---------------------------------------------------------------- what stays
+
+
+def reason_numbers(frozen: Mapping[str, str]) -> dict[str, int]:
+    """Number the reasons, in the order in which they come."""
+    return {reason: i for i, reason in enumerate(dict.fromkeys(frozen.values()), 1)}
+
+
+def frozen_section(frozen: Mapping[str, str]) -> list[Section]:
+    """Say what cannot lose neurons, and why; nothing where there is nothing to say."""
+    if not frozen:
+        return []
+    names: dict[str, list[str]] = {}
+    for name, reason in frozen.items():
+        names.setdefault(reason, []).append(name)
+    rows = [
+        [f"({i}) {reason}", joined(map(dotted, names[reason]), ", ")] for reason, i in reason_numbers(frozen).items()
+    ]
+    columns = [Column("Reason", "text"), Column("Layers", "wide")]
+    return [Section("frozen", "What is frozen, and why", table("Layers with neurons that cannot go", columns, rows))]
