@@ -160,7 +160,7 @@ def chart(series: Series, epochs: tuple[int, int], marked: Collection[int]) -> M
 
 
 def _axes(x: Scale, y: Scale, tick: Callable[[float], str]) -> Markup:
-    values, epochs = y.ticks(4), [e for e in x.ticks(5) if e == int(e)]
+    values, epochs = y.ticks(5), [e for e in x.ticks(8) if e == int(e)]
     return joined(
         [
             element("path", d="".join(f"M{_LEFT} {y(v):.1f}H{_RIGHT}" for v in values), class_="grid"),

@@ -74,7 +74,7 @@ def write_run(
 
 def write(path: str | os.PathLike[str], title: str, lead: Iterable[str], sections: Sequence[Section]) -> Path:
     """Write a page of the library's, and return its path."""
-    paragraphs = joined(element("p", text) for text in lead if text)
+    paragraphs = joined(element("p", text[0].upper() + text[1:]) for text in lead if text)
     written = page(title, paragraphs, sections, f"Made by kfac-flat {kfac_flat.__version__}.")
     Path(path).write_text(written, encoding="utf-8")
     return Path(path)
@@ -136,11 +136,7 @@ def _over_time(run: PruneReport, history: Sequence[PruneReport], series: Mapping
                     "marks the epochs at whose end neurons went. Sizes are those afterwards.",
                     class_="note",
                 ),
-                element(
-                    "div",
-                    *(charts.chart(curve, (epochs[0] - 1, epochs[-1]), cuts) for curve in curves),
-                    class_="charts",
-                ),
+                element("div", *(charts.chart(curve, span, cuts) for curve in curves), class_="charts"),
                 details("All values, by epoch", _values(history, curves)),
             ]
         ),
@@ -157,13 +153,12 @@ def _size_curves(history: Sequence[PruneReport]) -> list[charts.Series]:
     curves = []
     for name, title in SIZES.items():
         values = [getattr(size, name) for size in _all_sizes(history)]
-        if None in values:
+        if name == "neurons" or None in values:  # sparsity says it
             continue
-        unit, form = (" (ms)", "{:.3g}".format) if name == "latency" else ("", "{:,.0f}".format)
-        points = [
-            (epoch, (1000 if unit else 1) * value) for epoch, value in zip(_all_epochs(history), values, strict=True)
-        ]
-        curves.append(charts.Series(title + unit, points, form, steps=True, from_zero=True))
+        points = list(zip(_all_epochs(history), values, strict=True))
+        form = partial(_amount, name)
+        tick = form if name == "latency" else charts.compact
+        curves.append(charts.Series(title, points, form, tick, steps=True, from_zero=True))
     return curves
 
 
@@ -178,10 +173,15 @@ def _all_epochs(history: Sequence[PruneReport]) -> list[int]:
 def _values(history: Sequence[PruneReport], curves: Sequence[charts.Series]) -> Markup:
     by_epoch = [dict(curve.points) for curve in curves]
     rows = [
-        [str(report.epoch), *(curve.form(at[report.epoch]) for curve, at in zip(curves, by_epoch, strict=True))]
+        [
+            str(report.epoch),
+            *(curve.form(at[report.epoch]) for curve, at in zip(curves, by_epoch, strict=True)),
+            f"{report.after.neurons:,}",
+        ]
         for report in history
     ]
-    return table("Values at the end of each epoch", [Column("Epoch"), *(Column(c.title) for c in curves)], rows)
+    columns = [Column(title) for title in ("Epoch", *(curve.title for curve in curves), "Neurons")]
+    return table("Values at the end of each epoch", columns, rows)
 
 
 # ---------------------------------------------------------------- layers
@@ -203,11 +203,14 @@ def layers_section(before: Mapping[str, int], after: Mapping[str, int], frozen: 
         )
         label = element("span", dotted(name), *([" ", element("span", note, class_="tag")] if note else []))
         share = f"{lost / was:.1%}" if lost else "-"
-        rows.append(
-            [element("div", label, element("span", bar), class_="named"), f"{was:,}", f"{after[name]:,}", share]
-        )
+        rows.append([_with_picture(label, bar), f"{was:,}", f"{after[name]:,}", share])
     columns = [Column("Layer", "text"), Column("Before"), Column("After"), Column("Gone")]
     return Section("layers", "Layers", table("Output channels of each layer", columns, rows))
+
+
+def _with_picture(name: Markup, picture: Markup) -> Markup:
+    """Put a picture beside a layer's name, or under it where there is no room."""
+    return element("div", name, element("span", picture), class_="named")
 
 
 # ---------------------------------------------------------------- channels
@@ -229,10 +232,11 @@ def _survivors(run: PruneReport) -> Section:
         stays = torch.ones(run.widths_before[name], dtype=torch.bool)
         stays[gone] = False
         left = f"{int(stays.sum()):,} of {len(stays):,}"
-        strips.append([dotted(name), strip(stays, f"{name}: {left} channels left"), left])
+        drawn = strip(stays, f"{name}: {left} channels left")
+        strips.append([_with_picture(element("span", dotted(name)), drawn), left])
         positions.append([dotted(name), ranges(stays.nonzero().flatten(), limit)])
-    columns = [Column("Layer", "text"), Column("Original channels, the first on the left", "wide"), Column("Left")]
-    caption = "The channels that are left stand out, at their original positions"
+    columns = [Column("Layer", "text"), Column("Left")]
+    caption = "The original channels of each layer, from left to right; those that are left stand out"
     by_number = table(
         "Original positions of the channels that are left, from 0",
         [Column("Layer", "text"), Column("Positions", "wide")],
