@@ -14,7 +14,7 @@ import kfac_flat
 from kfac_flat.page import charts
 from kfac_flat.page.markup import Column, Markup, Section, details, dotted, element, joined, page, table
 from kfac_flat.pruning.report import PruneReport, Size
-from kfac_flat.pruning.text import fewer
+from kfac_flat.pruning.text import by_reason, fewer
 
 _CELLS = 256  # of the picture of a layer's channels; in wider layers several channels share one
 _SHADES = 4  # to show how many of them are left
@@ -187,9 +187,14 @@ def _values(history: Sequence[PruneReport], curves: Sequence[charts.Series]) -> 
 # ---------------------------------------------------------------- layers
 
 
-def layers_section(before: Mapping[str, int], after: Mapping[str, int], frozen: Mapping[str, str]) -> Section:
+def layers_section(
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    frozen: Mapping[str, str],
+    caption: str = "Output channels of each layer",
+) -> Section:
     """List all layers with their widths as numbers and as bars."""
-    numbers, most = reason_numbers(frozen), max(before.values(), default=1)
+    numbers, most = {reason: i for i, reason in enumerate(by_reason(frozen), 1)}, max(before.values(), default=1)
     rows = []
     for name, was in before.items():
         lost = was - after[name]
@@ -205,7 +210,7 @@ def layers_section(before: Mapping[str, int], after: Mapping[str, int], frozen: 
         share = f"{lost / was:.1%}" if lost else "-"
         rows.append([_with_picture(label, bar), f"{was:,}", f"{after[name]:,}", share])
     columns = [Column("Layer", "text"), Column("Before"), Column("After"), Column("Gone")]
-    return Section("layers", "Layers", table("Output channels of each layer", columns, rows))
+    return Section("layers", "Layers", table(caption, columns, rows))
 
 
 def _with_picture(name: Markup, picture: Markup) -> Markup:
@@ -306,20 +311,13 @@ def _runs(positions: Iterable[int]) -> list[tuple[int, int]]:
 # ---------------------------------------------------------------- what stays
 
 
-def reason_numbers(frozen: Mapping[str, str]) -> dict[str, int]:
-    """Number the reasons, in the order in which they come."""
-    return {reason: i for i, reason in enumerate(dict.fromkeys(frozen.values()), 1)}
-
-
 def frozen_section(frozen: Mapping[str, str]) -> list[Section]:
     """Say what cannot lose neurons, and why; nothing where there is nothing to say."""
     if not frozen:
         return []
-    names: dict[str, list[str]] = {}
-    for name, reason in frozen.items():
-        names.setdefault(reason, []).append(name)
     rows = [
-        [f"({i}) {reason}", joined(map(dotted, names[reason]), ", ")] for reason, i in reason_numbers(frozen).items()
+        [f"({i}) {reason}", joined(map(dotted, names), ", ")]
+        for i, (reason, names) in enumerate(by_reason(frozen).items(), 1)
     ]
     columns = [Column("Reason", "text"), Column("Layers", "wide")]
     return [Section("frozen", "What is frozen, and why", table("Layers with neurons that cannot go", columns, rows))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def fewer(before: int, after: int) -> str:
@@ -44,3 +44,11 @@ def aligned(rows: Sequence[Sequence[str]], width: int) -> list[str]:
         ).rstrip()
         for first, *rest in rows
     ]
+
+
+def by_reason(frozen: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the names of the layers that stay, by the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in frozen.items():
+        names.setdefault(reason, []).append(name)
+    return names
