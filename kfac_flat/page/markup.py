@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -43,13 +44,13 @@ def joined(content: Iterable[str], between: str = "") -> Markup:
 
 
 def dotted(name: str) -> Markup:
-    """Write a module's name, which may go on in a new line behind each dot.
+    """Write a module's name, which may go on in a new line behind each dot and colon.
 
     Example:
         >>> dotted("block.conv")
         'block.<wbr>conv'
     """
-    return joined(name.split("."), "." + element("wbr"))
+    return joined(re.split(r"(?<=[.:])(?=.)", name), element("wbr"))
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,10 @@ def page(title: str, lead: Markup, sections: Sequence[Section], made_by: str) ->
         "body",
         element("a", "Skip to the content", href="#content", class_="skip"),
         element(
-            "header", element("h1", title), lead, element("nav", element("ul", *links), aria_label="Parts of this page")
+            "header",
+            element("h1", dotted(title)),
+            lead,
+            element("nav", element("ul", *links), aria_label="Parts of this page"),
         ),
         element("main", joined(map(_section, sections), "\n"), id="content", tabindex=-1),
         element("footer", element("p", made_by)),

@@ -228,7 +228,7 @@ class NeuronGraph:
                 ran = self._run(self._bare, program, table, counts=not program.training)
             except FailedAtError as error:
                 raise ValueError(
-                    f"the model does not run on example_inputs: {error} Give what the model is called with: a tensor, "
+                    f"the model does not run on example_inputs: {str(error).rstrip('.')}. Give what the model is called with: a tensor, "
                     "a tuple of positional or a dict of keyword arguments"
                 ) from error
             self._numbers.update(ran.numbers)

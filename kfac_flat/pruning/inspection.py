@@ -15,7 +15,7 @@ from kfac_flat.pruning.graph import NeuronGraph, kept_without
 from kfac_flat.pruning.remaining import Remaining
 from kfac_flat.pruning.report import Size
 from kfac_flat.pruning.surgery import Surgery
-from kfac_flat.pruning.text import aligned, by_reason, shortened
+from kfac_flat.pruning.text import aligned, by_reason, percent, shortened
 from kfac_flat.pruning.tracing import skeleton
 from kfac_flat.structure import unwrap
 
@@ -91,7 +91,7 @@ class Inspection:
         tied: Which channels go together.
         size: Size of the model.
         least: Its size if all went that can, but one neuron of each layer or group.
-        reached: Share of the parameters that are in tensors which lose entries then.
+        reached: How many of the parameters are in tensors which lose entries then.
         frozen: Layers with neurons that cannot go, by name, and why.
         even: What it would be with a share of the neurons gone, if that was asked for.
     """
@@ -100,7 +100,7 @@ class Inspection:
     tied: list[Tied]
     size: Size
     least: Size
-    reached: float
+    reached: int
     frozen: dict[str, str]
     even: EvenCut | None
 
@@ -109,11 +109,17 @@ class Inspection:
         parts = [
             aligned([self.columns, *self.rows()], width),
             aligned([("", *self.states), *self.sizes()], width),
-            [f"{self.reached:.1%} of the parameters are in tensors that can shrink."],
+            [self.reach],
             ["Channels that go together, and how often:", *_listed(self._tied_lines(), width)],
             ["Frozen:", *_listed(self._frozen_lines(), width)] if self.frozen else [],
         ]
         return "\n\n".join("\n".join(lines) for lines in parts if lines)
+
+    @property
+    def reach(self) -> str:
+        """How much of the model can be pruned, in a sentence."""
+        share = percent(self.reached, self.size.parameters)
+        return f"{share} of the parameters are in tensors that can shrink."
 
     @property
     def columns(self) -> list[str]:
@@ -224,14 +230,12 @@ def _layer(model: nn.Module, name: str, dense: Remaining, least: Remaining) -> L
     )
 
 
-def _reached(model: nn.Module, dense: Remaining, gone: Tensor) -> float:
-    """Share of the parameters in tensors that become smaller without these groups."""
+def _reached(model: nn.Module, dense: Remaining, gone: Tensor) -> int:
+    """Count the parameters in tensors that become smaller without these groups."""
     small = skeleton(model)
     Surgery(small, kept_without(dense.channels, gone)).apply()
     left = dict(small.named_parameters())
-    return sum(p.numel() for name, p in model.named_parameters() if left[name].shape != p.shape) / sum(
-        p.numel() for p in model.parameters()
-    )
+    return sum(p.numel() for name, p in model.named_parameters() if left[name].shape != p.shape)
 
 
 def _even_cut(dense: Remaining, least: Remaining, options: Options) -> EvenCut:
@@ -239,8 +243,8 @@ def _even_cut(dense: Remaining, least: Remaining, options: Options) -> EvenCut:
     goal = options.goal(neurons, event=1, share=1.0)
     if least.size.neurons > goal:
         raise ValueError(
-            f"target={options.target} cannot be reached: {1 - least.size.neurons / max(neurons, 1):.1%} of the neurons "
-            "can go at most"
+            f"target={options.target} cannot be reached: {percent(neurons - least.size.neurons, neurons)} of the "
+            "neurons can go at most"
         )
     gone = dense.fewest([0.0] * len(dense.groups.ids), goal, options)
     left = dense.without(gone, dense.measure(gone))

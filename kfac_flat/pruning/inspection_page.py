@@ -6,48 +6,55 @@ import os
 from pathlib import Path
 
 from kfac_flat.page.markup import Column, Markup, Section, dotted, element, joined, table
-from kfac_flat.pruning.inspection import Inspection
-from kfac_flat.pruning.page import frozen_section, layers_section, write
+from kfac_flat.pruning.inspection import COLUMNS, Inspection
+from kfac_flat.pruning.page import SIZES, frozen_section, layer_label, layers_section, tile, write
 
 
 def write_inspection(found: Inspection, path: str | os.PathLike[str], title: str) -> Path:
     """Write the page, and return its path."""
-    widths = {name: layer.outputs for name, layer in found.layers.items()}
-    after = found.even.widths if found.even else {name: x.outputs - x.removable for name, x in found.layers.items()}
-    becomes = f"after a cut of {found.even.target:.0%}" if found.even else "at the least"
-    lead = [
-        f"{found.reached:.1%} of the parameters are in tensors that can shrink.",
-        f"An even cut of {found.even.target:.0%} of the neurons is shown; training chooses by what they are worth."
-        if found.even
-        else "Shown is how far it could go: down to one neuron of each layer or group.",
-    ]
     sections = [
         Section("size", "Size of the model", _sizes(found)),
-        layers_section(widths, after, found.frozen, f"Output channels of each layer, now and {becomes}"),
-        Section("costs", "What the layers cost", _costs(found)),
+        *_even_cut(found),
+        Section("costs", "Layers and what they cost", _costs(found)),
         Section("groups", "What goes together", _tied(found)),
         *frozen_section(found.frozen),
     ]
-    return write(path, title, lead, sections)
+    return write(path, title, [found.reach], sections)
 
 
 def _sizes(found: Inspection) -> Markup:
-    columns = [Column("Size", "text"), *(Column(state.capitalize()) for state in found.states)]
-    rows = [[title[0].upper() + title[1:], *sizes] for title, *sizes in found.sizes()]
-    return table("Neurons, parameters, and multiply-accumulates of one example", columns, rows)
+    tiles = []
+    for (title, now, *others), name in zip(found.sizes(), SIZES, strict=False):  # not the latency
+        note = ", ".join(f"{value} {state}" for state, value in zip(found.states[1:], others, strict=True))
+        share = getattr(found.least, name) / max(getattr(found.size, name), 1)
+        tiles.append(tile(_upper(title), now, share, note))
+    return element("dl", *tiles, class_="tiles")
+
+
+def _even_cut(found: Inspection) -> list[Section]:
+    if found.even is None:
+        return []
+    share = f"{found.even.target:.0%}"
+    before = {name: layer.outputs for name, layer in found.layers.items()}
+    caption = f"Output channels of each layer, now and with {share} of the neurons gone, of all layers alike"
+    even = layers_section(before, found.even.widths, found.frozen, caption)
+    return [Section("layers", f"An even cut of {share}", even.content)]
 
 
 def _costs(found: Inspection) -> Markup:
-    titles = [title[0].upper() + title[1:] for title in found.columns]
-    columns = [Column(titles[0], "text"), *map(Column, titles[1:])]
-    rows = [[dotted(name), *cells] for name, *cells in found.rows()]
-    return table("Channels, how many of them can go, parameters and multiply-accumulates", columns, rows)
+    columns = [Column(_upper(title), "number" if i else "text") for i, title in enumerate(COLUMNS)]
+    rows = [[layer_label(name, found.frozen), *layer.cells] for name, layer in found.layers.items()]
+    caption = "Channels, how many of them can go, parameters and multiply-accumulates (MACs) of one example"
+    return table(caption, columns, rows)
 
 
 def _tied(found: Inspection) -> Markup:
     if not found.tied:
         return element("p", "No channel of this model can go.")
-    rows = [[f"{tied.groups:,}", joined(map(dotted, tied.names()), ", ")] for tied in found.tied]
-    return table(
-        "Groups of channels that can only go together", [Column("Groups"), Column("One channel each of", "wide")], rows
-    )
+    rows = [[joined(map(dotted, tied.names()), ", "), f"{tied.groups:,}"] for tied in found.tied]
+    columns = [Column("A channel each of", "text"), Column("Groups")]
+    return table("Groups of channels that can only go together, and how many there are", columns, rows)
+
+
+def _upper(title: str) -> str:
+    return title[0].upper() + title[1:]

@@ -14,7 +14,7 @@ import kfac_flat
 from kfac_flat.page import charts
 from kfac_flat.page.markup import Column, Markup, Section, details, dotted, element, joined, page, table
 from kfac_flat.pruning.report import PruneReport, Size
-from kfac_flat.pruning.text import by_reason, fewer
+from kfac_flat.pruning.text import by_reason, fewer, percent
 
 _CELLS = 256  # of the picture of a layer's channels; in wider layers several channels share one
 _SHADES = 4  # to show how many of them are left
@@ -84,33 +84,28 @@ def write(path: str | os.PathLike[str], title: str, lead: Iterable[str], section
 
 
 def _sizes(report: PruneReport) -> Section:
-    return Section("size", "Size of the model", tiles(report.before, report.after))
-
-
-def tiles(before: Size, after: Size) -> Markup:
     """Show each size afterwards, large, and what it was before."""
-    shown = []
+    tiles = []
     for name, title in SIZES.items():
-        was, is_ = getattr(before, name), getattr(after, name)
-        if was is None or is_ is None:
-            continue
-        bar = element("span", element("i", style=f"width:{_percent(is_, was)}"), class_="share", aria_hidden="true")
-        shown.append(
-            element(
-                "div",
-                element("dt", title),
-                element("dd", element("b", _amount(name, is_)), bar, f"of {_amount(name, was)}, {fewer(was, is_)}"),
-            )
-        )
-    return element("dl", *shown, class_="tiles")
+        was, is_ = getattr(report.before, name), getattr(report.after, name)
+        if was is not None and is_ is not None:
+            note = f"of {_amount(name, was)}, {fewer(was, is_)}"
+            tiles.append(tile(title, _amount(name, is_), is_ / was if was else 0.0, note))
+    return Section("size", "Size of the model", element("dl", *tiles, class_="tiles"))
+
+
+def tile(title: str, value: str, share: float, note: str) -> Markup:
+    """Show a number, large, and a share as a bar."""
+    bar = element("span", element("i", style=_width(share)), class_="share", aria_hidden="true")
+    return element("div", element("dt", title), element("dd", element("b", value), bar, note))
 
 
 def _amount(name: str, value: float) -> str:
     return f"{1000 * value:.3g} ms" if name == "latency" else f"{value:,}"
 
 
-def _percent(part: float, whole: float) -> str:
-    return f"{100 * part / whole if whole else 0:.4g}%"
+def _width(share: float) -> str:
+    return f"width:{100 * min(share, 1.0):.4g}%"
 
 
 # ---------------------------------------------------------------- over time
@@ -194,23 +189,26 @@ def layers_section(
     caption: str = "Output channels of each layer",
 ) -> Section:
     """List all layers with their widths as numbers and as bars."""
-    numbers, most = {reason: i for i, reason in enumerate(by_reason(frozen), 1)}, max(before.values(), default=1)
-    rows = []
+    most, rows = max(before.values(), default=1), []
     for name, was in before.items():
         lost = was - after[name]
-        note = f"frozen ({numbers[frozen[name]]})" if name in frozen else ""
         bar = element(
             "span",
-            element("i", style=f"width:{_percent(after[name], was)}"),
-            class_="bar" if lost or not note else "bar whole",
-            style=f"width:{_percent(was, most)}",
+            element("i", style=_width(after[name] / was)),
+            class_="bar" if lost or name not in frozen else "bar whole",
+            style=_width(was / most),
             aria_hidden="true",
         )
-        label = element("span", dotted(name), *([" ", element("span", note, class_="tag")] if note else []))
-        share = f"{lost / was:.1%}" if lost else "-"
-        rows.append([_with_picture(label, bar), f"{was:,}", f"{after[name]:,}", share])
+        gone = percent(lost, was) if lost else "-"
+        rows.append([_with_picture(layer_label(name, frozen), bar), f"{was:,}", f"{after[name]:,}", gone])
     columns = [Column("Layer", "text"), Column("Before"), Column("After"), Column("Gone")]
     return Section("layers", "Layers", table(caption, columns, rows))
+
+
+def layer_label(name: str, frozen: Mapping[str, str]) -> Markup:
+    """Write a layer's name and, where it is frozen, the number of the reason."""
+    tag = [" ", element("span", f"frozen ({_numbers(frozen)[frozen[name]]})", class_="tag")] if name in frozen else []
+    return element("span", dotted(name), *tag)
 
 
 def _with_picture(name: Markup, picture: Markup) -> Markup:
@@ -315,9 +313,12 @@ def frozen_section(frozen: Mapping[str, str]) -> list[Section]:
     """Say what cannot lose neurons, and why; nothing where there is nothing to say."""
     if not frozen:
         return []
-    rows = [
-        [f"({i}) {reason}", joined(map(dotted, names), ", ")]
-        for i, (reason, names) in enumerate(by_reason(frozen).items(), 1)
-    ]
-    columns = [Column("Reason", "text"), Column("Layers", "wide")]
-    return [Section("frozen", "What is frozen, and why", table("Layers with neurons that cannot go", columns, rows))]
+    names, content = by_reason(frozen), []
+    for reason, number in _numbers(frozen).items():
+        content += [element("dt", f"({number}) {reason}"), element("dd", joined(map(dotted, names[reason]), ", "))]
+    return [Section("frozen", "What is frozen, and why", element("dl", *content, class_="reasons"))]
+
+
+def _numbers(frozen: Mapping[str, str]) -> dict[str, int]:
+    """Number the reasons, in the order in which they come."""
+    return {reason: number for number, reason in enumerate(dict.fromkeys(frozen.values()), 1)}

@@ -12,6 +12,19 @@ def fewer(before: int, after: int) -> str:
     return f"{before / after:.2f}x fewer" if after else "none left"
 
 
+def percent(part: float, whole: float) -> str:
+    """Write a share; what is nearly all or nearly nothing is not written as if it were.
+
+    Example:
+        >>> percent(1, 4), percent(9_999, 10_000), percent(10_000, 10_000), percent(1, 10_000), percent(0, 0)
+        ('25.0%', '>99.9%', '100.0%', '<0.1%', '0.0%')
+    """
+    written = f"{part / whole if whole else 0:.1%}"
+    if written == "100.0%" and part < whole:
+        return ">99.9%"
+    return "<0.1%" if written == "0.0%" and part > 0 else written
+
+
 def shortened(name: str, length: int) -> str:
     """Shorten a module's name to at most this length, the middle of its longest words first.
 
