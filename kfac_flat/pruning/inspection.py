@@ -19,7 +19,7 @@ from kfac_flat.pruning.text import aligned, by_reason, percent, shortened
 from kfac_flat.pruning.tracing import skeleton
 from kfac_flat.structure import unwrap
 
-COLUMNS = ("layer", "type", "in", "out", "can go", "parameters", "MACs")
+COLUMNS = ("layer", "in", "out", "can go", "parameters", "MACs", "type")
 _KIND = 18  # characters of a class's name
 
 
@@ -47,7 +47,7 @@ class Layer:
     def cells(self) -> list[str]:
         """What stands in a table, in the order of :data:`COLUMNS`."""
         numbers = (self.inputs, self.outputs, self.removable, self.parameters, self.macs)
-        return [shortened(self.kind, _KIND), *("-" if number is None else f"{number:,}" for number in numbers)]
+        return [*("-" if number is None else f"{number:,}" for number in numbers), shortened(self.kind, _KIND)]
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ def inspect(model: nn.Module, example_inputs: Any, target: float | None = None) 
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> print(inspect(model, torch.ones(1, 4), target=0.5).table())
-        layer    type  in  out  can go  parameters  MACs  at 50%
-        0      Linear   4    8       7          40    32       4
-        2      Linear   8    3       0          27    24       3
+        layer  in  out  can go  parameters  MACs    type  at 50%
+        0       4    8       7          40    32  Linear       4
+        2       8    3       0          27    24  Linear       3
         <BLANKLINE>
                     now  at 50%  at least
         neurons       8       4         1

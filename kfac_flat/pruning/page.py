@@ -16,10 +16,11 @@ from kfac_flat.page.markup import Column, Markup, Section, details, dotted, elem
 from kfac_flat.pruning.report import PruneReport, Size
 from kfac_flat.pruning.text import by_reason, fewer, percent
 
-_CELLS = 256  # of the picture of a layer's channels; in wider layers several channels share one
-_SHADES = 4  # to show how many of them are left
-_RANGES = 20_000  # of positions on a page, so that it stays small; each layer may have some in any case
-_LEAST_RANGES = 40
+# So that a page stays small, a layer's channels are drawn in so many cells at most, which several channels share in
+# wider layers, and so many ranges of positions are written; fewer where there are many layers, but some in any case.
+_CELLS = {"page": 30_000, "most": 256, "least": 64}
+_RANGES = {"page": 20_000, "most": 20_000, "least": 40}
+_SHADES = 4  # of a cell, to show how many of its channels are left
 
 SIZES = {"neurons": "Neurons", "parameters": "Parameters", "macs": "MACs", "latency": "Latency"}
 
@@ -221,7 +222,7 @@ def _with_picture(name: Markup, picture: Markup) -> Markup:
 
 def _removed(report: PruneReport) -> Section:
     """List what went, by original positions."""
-    limit = _ranges_each(report)
+    limit = _each(_RANGES, len(report.removed))
     rows = [[dotted(name), f"{len(gone):,}", ranges(gone, limit)] for name, gone in report.removed.items()]
     caption = "Channels that went, by their positions in the original layer, from 0"
     columns = [Column("Layer", "text"), Column("Gone"), Column("Positions", "wide")]
@@ -230,12 +231,13 @@ def _removed(report: PruneReport) -> Section:
 
 def _survivors(run: PruneReport) -> Section:
     """Show where in each original layer the channels stood that are left."""
-    limit, strips, positions = _ranges_each(run), [], []
+    limit, cells = (_each(limits, len(run.removed)) for limits in (_RANGES, _CELLS))
+    strips, positions = [], []
     for name, gone in run.removed.items():
         stays = torch.ones(run.widths_before[name], dtype=torch.bool)
         stays[gone] = False
         left = f"{int(stays.sum()):,} of {len(stays):,}"
-        drawn = strip(stays, f"{name}: {left} channels left")
+        drawn = strip(stays, f"{name}: {left} channels left", cells)
         strips.append([_with_picture(element("span", dotted(name)), drawn), left])
         positions.append([dotted(name), ranges(stays.nonzero().flatten(), limit)])
     columns = [Column("Layer", "text"), Column("Left")]
@@ -249,8 +251,9 @@ def _survivors(run: PruneReport) -> Section:
     return Section("channels", "Channels that survived", content)
 
 
-def _ranges_each(report: PruneReport) -> int:
-    return max(_LEAST_RANGES, _RANGES // max(1, len(report.removed)))
+def _each(limits: Mapping[str, int], layers: int) -> int:
+    """Divide what a page may hold among its layers."""
+    return min(limits["most"], max(limits["least"], limits["page"] // max(1, layers)))
 
 
 def ranges(positions: Tensor, limit: int) -> str:
@@ -272,9 +275,9 @@ def _range(first: int, last: int) -> str:
     return f"{first}-{last}"
 
 
-def strip(stays: Tensor, label: str) -> Markup:
+def strip(stays: Tensor, label: str, most: int) -> Markup:
     """Draw a layer's channels side by side, those that stay filled; where they share a cell, the fuller the more do."""
-    cells = min(len(stays), _CELLS)
+    cells = min(len(stays), most)
     cell = torch.arange(len(stays)) * cells // len(stays)
     share = torch.zeros(cells).index_add(0, cell, stays.float()) / torch.bincount(cell, minlength=cells)
     shades = (share * _SHADES).ceil().long().tolist()
