@@ -242,8 +242,8 @@ def _attribute(module: Any, module_name: str, name: str) -> Any:
     found, path = module, module_name
     for part in name.split("."):
         if not hasattr(found, part):
-            close = difflib.get_close_matches(part, dir(found), 3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ": name a model, or a class or function of one"
+            close = difflib.get_close_matches(part, [name for name in dir(found) if not name.startswith("_")], 1)
+            hint = f"; did you mean {close[0]}?" if close else ": name a model, or a class or function of one"
             raise UsageError(f"{path} has no {part}{hint}")
         found, path = getattr(found, part), f"{path}.{part}"
     return found

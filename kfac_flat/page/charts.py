@@ -189,13 +189,15 @@ def _hovers(series: Series, x: Scale, y: Scale) -> list[Markup]:
     """Make points tell their values under the pointer: all of them, or evenly chosen ones where there are many."""
     known = series.known
     chosen = known[:: max(1, math.ceil(len(known) / _HOVERED))]
-    width = (_RIGHT - _LEFT) / max(1, len(chosen) - 1)
-    return [
-        element(
-            "g",
-            element("title", f"epoch {epoch}: {series.form(value)}"),
-            element("rect", x=f"{x(epoch) - width / 2:.1f}", y=_TOP, width=f"{width:.1f}", height=_BOTTOM - _TOP),
-            element("circle", cx=f"{x(epoch):.1f}", cy=f"{y(value):.1f}", r=4),
-        )
-        for epoch, value in chosen
-    ]
+    half = (_RIGHT - _LEFT) / max(1, len(chosen) - 1) / 2
+    return [_hover(x(epoch), y(value), half, f"epoch {epoch}: {series.form(value)}") for epoch, value in chosen]
+
+
+def _hover(x: float, y: float, half: float, told: str) -> Markup:
+    left, right = max(_LEFT, x - half), min(_RIGHT, x + half)
+    return element(
+        "g",
+        element("title", told),
+        element("rect", x=f"{left:.1f}", y=_TOP, width=f"{right - left:.1f}", height=_BOTTOM - _TOP),
+        element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=4),
+    )
