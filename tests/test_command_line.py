@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from importlib import import_module
@@ -275,3 +276,14 @@ def test_the_command_of_that_name_is_installed() -> None:
 def test_zeros_of_the_right_kind_are_made() -> None:
     made = example_inputs(["2,3:int64", "4:bfloat16"])
     assert [(tuple(t.shape), t.dtype) for t in made] == [((2, 3), torch.int64), ((4,), torch.bfloat16)]
+
+
+def test_the_documentation_shows_what_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    command = shlex.split(re.search(r"\$ kfac-flat inspect (.*)", text)[1])
+    assert re.search(r"```text\n(.*?)```", text, re.DOTALL)[1] == printed(capsys, *command)
+    wrong, told = re.search(r"\$ kfac-flat inspect (.*)\nkfac-flat inspect: error: (.*)", text).groups()
+    assert refused(capsys, "inspect", *shlex.split(wrong)) == told

@@ -241,7 +241,7 @@ def _reached(model: nn.Module, dense: Remaining, gone: Tensor) -> int:
 def _even_cut(dense: Remaining, least: Remaining, options: Options) -> EvenCut:
     neurons = dense.size.neurons
     goal = options.goal(neurons, event=1, share=1.0)
-    if least.size.neurons > goal:
+    if not neurons or least.size.neurons > goal:
         raise ValueError(
             f"target={options.target} cannot be reached: {percent(neurons - least.size.neurons, neurons)} of the "
             "neurons can go at most"
