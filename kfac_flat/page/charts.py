@@ -111,9 +111,9 @@ class Scale:
 
 
 def _round_step(least: float) -> float:
-    """Return the smallest of 1, 2, 5, 10, 20, ... (and 0.5, 0.2, ...) that is not below."""
+    """Return the smallest of 1, 2, 2.5, 5, 10, 20, ... (and 0.5, 0.25, ...) that is not below."""
     power = 10.0 ** math.floor(math.log10(least))
-    return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= least * (1 - 1e-9))
+    return next(factor * power for factor in (1.0, 2.0, 2.5, 5.0, 10.0) if factor * power >= least * (1 - 1e-9))
 
 
 def value_scale(series: Series) -> Scale:

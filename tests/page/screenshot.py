@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 from tests.page.browser import opened
 
-WIDTH, HEIGHT = 1080, 1120
+WIDTH, HEIGHT = 1080, 1310
 
 
 def main(page: str, picture: str) -> None:

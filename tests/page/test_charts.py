@@ -150,7 +150,7 @@ def test_ticks_are_round_inside_the_axis_and_neither_few_nor_many(low: float, wi
     assert all(low - 1e-6 * width <= t <= low + 1.000001 * width for t in ticks)
     for step in steps:
         mantissa = float(f"{step:.3e}".partition("e")[0])
-        assert min(abs(mantissa - m) for m in (1, 2, 5, 10)) < 0.01
+        assert min(abs(mantissa - m) for m in (1, 2, 2.5, 5, 10)) < 0.01
 
 
 @given(st.floats(1e-9, 1e14))
