@@ -334,7 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     digits_report.print_table(console, results, TIMED_BATCH)
     digits_report.draw_history(results, options.out / "history.png", settings)
     digits_report.draw_widths(results, options.out / "widths.png")
-    console.print(f"Pictures and checkpoint: {options.out}/ (history.png, widths.png, checkpoint.pt)")
+    digits_report.write_page(results, options.out / "report.html")
+    console.print(f"Pictures, page, checkpoint: {options.out}/ (history.png, widths.png, report.html, checkpoint.pt)")
     console.print(
         f"Evaluate the pruned network: python -m examples.digits --load {options.out / 'checkpoint.pt'}", soft_wrap=True
     )
@@ -360,7 +361,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=whole(1), default=1, help="repeat with this many seeds: mean and deviation")
     parser.add_argument("--device", default="cpu", help="torch device to run on: cpu, cuda, mps, ...")
     parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads; more rarely help such small networks")
-    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder for pictures and checkpoint")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/digits"), help="folder for pictures, page and checkpoint"
+    )
     parser.add_argument("--load", type=Path, metavar="PATH", help="evaluate this checkpoint, and nothing else")
     options = parser.parse_args(arguments)
     if options.load and not options.load.is_file():

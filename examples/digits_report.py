@@ -1,4 +1,4 @@
-"""What ``examples.digits`` shows: a live display, a table, two pictures."""
+"""What ``examples.digits`` shows: a live display, a table, two pictures, a page."""
 
 from __future__ import annotations
 
@@ -176,3 +176,17 @@ def draw_widths(results: Mapping[str, Sequence[Run]], path: Path) -> None:
     after = {name: {layer: mean(run.widths[layer] for run in runs) for layer in before} for name, runs in pruned}
     seeds = f" (mean of {len(dense)} seeds)" if len(dense) > 1 else ""
     picture.draw_widths(before, after, path, title=f"Width of each layer, before and after{seeds}", rest="dense")
+
+
+# ---------------------------------------------------------------- the page
+
+
+def write_page(results: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """Write what happened to the network that HGNP trained first, epoch by epoch, as a page for the browser."""
+    run = results["HGNP"][0]
+    assert run.pruner is not None
+    series = {
+        "Test accuracy (%)": [epoch.accuracy for epoch in run.epochs],
+        "rho": [epoch.rho for epoch in run.epochs],
+    }
+    run.pruner.html(path, series=series, title="HGNP on scikit-learn's digits")

@@ -227,8 +227,9 @@ class NeuronGraph:
                 table.positions.clear()
                 ran = self._run(self._bare, program, table, counts=not program.training)
             except FailedAtError as error:
+                why = str(error).rstrip(".")
                 raise ValueError(
-                    f"the model does not run on example_inputs: {error} Give what the model is called with: a tensor, "
+                    f"the model does not run on example_inputs: {why}. Give what the model is called with: a tensor, "
                     "a tuple of positional or a dict of keyword arguments"
                 ) from error
             self._numbers.update(ran.numbers)

@@ -30,8 +30,8 @@ class Size:
 class PruneReport:
     """One call of :meth:`NeuronPruner.step` or :meth:`NeuronPruner.plan`.
 
-    Print it for the news of an epoch, :meth:`table` for all layers, :meth:`plot` for a picture, :meth:`scalars` for a
-    logger such as TensorBoard. Reports can be compared, copied and pickled.
+    Print it for the news of an epoch, :meth:`table` for all layers, :meth:`plot` for a picture, :meth:`html` for a
+    page, :meth:`scalars` for a logger such as TensorBoard. Reports can be compared, copied and pickled.
 
     Attributes:
         epoch: Number of ``step()`` calls so far, this one included.
@@ -163,6 +163,29 @@ class PruneReport:
         sizes = {"sparsity": self.sparsity, **vars(self.after)}
         widths = {f"width/{name}": width for name, width in self.widths_after.items()}
         return {f"pruning/{name}": float(value) for name, value in (sizes | widths).items() if value is not None}
+
+    def html(self, path: str | os.PathLike[str], *, title: str = "Pruning report") -> Path:
+        """Write this step as a page to look at in a browser: sizes, every layer, which channels went, what is frozen.
+
+        The file needs nothing else, and no network. :meth:`NeuronPruner.html` writes the page of a whole run.
+
+        Args:
+            path: Where to save the page.
+            title: Stands above it.
+
+        Returns:
+            The path.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> report = PruneReport(1, {"hidden": 4}, {"hidden": 2}, Size(4, 40, 32), Size(2, 20, 16), 0.5)
+            >>> with TemporaryDirectory() as folder:
+            ...     report.html(f"{folder}/report.html").name
+            'report.html'
+        """
+        from kfac_flat.pruning import page  # which writes reports, and so needs to know of them
+
+        return page.write_step(self, path, title)
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw each layer's width, before and after, as horizontal bars.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -359,22 +361,70 @@ class NeuronPruner:
         self, epoch: int, gone: Tensor | None = None, after: Size | None = None, reason: str = ""
     ) -> PruneReport:
         left = self._left if gone is None or after is None else self._left.without(gone, after)
+        return self._between(self._left, left, epoch, reason)
+
+    def _between(self, before: Remaining, after: Remaining, epoch: int, reason: str = "") -> PruneReport:
+        """Report on all that went from one state to the other."""
         removed = {}
         for name in self._graph.producers:
-            lost = ~torch.isin(self._left.kept[name][1], left.kept[name][1])
+            lost = ~torch.isin(before.kept[name][1], after.kept[name][1])
             if lost.any():
-                removed[name] = self._left.kept[name][1][lost]
+                removed[name] = before.kept[name][1][lost]
         return PruneReport(
             epoch=epoch,
-            widths_before=self._left.widths(),
-            widths_after=left.widths(),
-            before=self._left.size,
-            after=left.size,
-            sparsity=1 - left.size.neurons / self._dense.size.neurons,
+            widths_before=before.widths(),
+            widths_after=after.widths(),
+            before=before.size,
+            after=after.size,
+            sparsity=1 - after.size.neurons / self._dense.size.neurons,
             removed=removed,
             reason=reason,
             frozen=self.frozen,
         )
+
+    def html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        series: Mapping[str, Sequence[float]] | None = None,
+        title: str = "Pruning run",
+    ) -> Path:
+        """Write the whole run so far as a page to look at in a browser: one file that needs nothing else, no network.
+
+        It shows the model's sizes now and at the beginning, how they and ``series`` went over the epochs, the width of
+        every layer, which of the original channels are left, and what is frozen and why.
+
+        Args:
+            path: Where to save the page.
+            series: What else to draw over the epochs, such as accuracy and rho: for each name one value per report in
+                :attr:`history`, float("nan") where there is none.
+            title: Stands above the page.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: if one of ``series`` has more or fewer values than there are reports; nothing is written.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> pruner = NeuronPruner(model, optimizer, torch.randn(1, 4), target=0.5, start=2)
+            >>> accuracy = []
+            >>> for epoch in range(3):
+            ...     nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(3, (16,))).backward()
+            ...     optimizer.step()
+            ...     accuracy.append(90.0 + epoch)
+            ...     report = pruner.step()
+            >>> with TemporaryDirectory() as folder:
+            ...     pruner.html(f"{folder}/run.html", series={"accuracy (%)": accuracy}).name
+            'run.html'
+        """
+        from kfac_flat.pruning import page  # most runs never write one
+
+        run = self._between(self._dense, self._left, self._epoch)
+        return page.write_run(run, self.history, series or {}, path, title)
 
     def _why_less(self, scores: list[float]) -> str:
         """Say what keeps the neurons that were due."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def fewer(before: int, after: int) -> str:
@@ -10,6 +10,19 @@ def fewer(before: int, after: int) -> str:
     if after == before:
         return "unchanged"
     return f"{before / after:.2f}x fewer" if after else "none left"
+
+
+def percent(part: float, whole: float) -> str:
+    """Write a share; what is nearly all or nearly nothing is not written as if it were.
+
+    Example:
+        >>> percent(1, 4), percent(9_999, 10_000), percent(10_000, 10_000), percent(1, 10_000), percent(0, 0)
+        ('25.0%', '>99.9%', '100.0%', '<0.1%', '0.0%')
+    """
+    written = f"{part / whole if whole else 0:.1%}"
+    if written == "100.0%" and part < whole:
+        return ">99.9%"
+    return "<0.1%" if written == "0.0%" and part > 0 else written
 
 
 def shortened(name: str, length: int) -> str:
@@ -44,3 +57,11 @@ def aligned(rows: Sequence[Sequence[str]], width: int) -> list[str]:
         ).rstrip()
         for first, *rest in rows
     ]
+
+
+def by_reason(frozen: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the names of the layers that stay, by the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in frozen.items():
+        names.setdefault(reason, []).append(name)
+    return names

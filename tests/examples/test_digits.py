@@ -12,6 +12,7 @@ import torch
 
 import kfac_flat
 from examples import digits
+from tests.page.reading import read
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +60,17 @@ def test_pictures_are_drawn(printed, folder, name):
     pixels = matplotlib.image.imread(folder / name)
     assert min(pixels.shape[:2]) > 400
     assert pixels.std() > 0.01
+
+
+def test_the_page_tells_of_the_network_that_was_saved(printed, folder):
+    assert "report.html" in printed
+    root = read(folder / "report.html")
+    kept = torch.load(folder / "checkpoint.pt", weights_only=True)["pruner"]["layers"]
+    rows = {name.partition(" ")[0]: cells for name, cells in root.table("Output channels of each layer").items()}
+    assert {name: int(cells[1]) for name, cells in rows.items()} == {name: len(kept[name]["out"]) for name in rows}
+    accuracy = re.search(r"^ *HGNP +([\d.]+) %", printed, re.MULTILINE)[1]
+    *_, last = root.table("Values at the end of each epoch").values()
+    assert float(last[0]) == float(accuracy)
 
 
 def test_a_new_process_finds_the_accuracy_that_was_saved(printed, folder):
