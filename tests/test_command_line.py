@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.torchvision_models import models
+from examples.torchvision_models import models
 from kfac_flat.command_line import example_inputs, main
 from tests.page.reading import read
 

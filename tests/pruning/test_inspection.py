@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.one_cut import EvenPruner, macs, shapes
-from benchmarks.torchvision_models import models
+from examples.torchvision_models import models
 from kfac_flat.pruning.inspection import Inspection, inspect
 from tests.pruning.masking import layers_of, pruner_for, widths_of
 from tests.pruning.nets import CASES
