@@ -149,7 +149,7 @@ def _size_curves(history: Sequence[PruneReport]) -> list[charts.Series]:
     curves = []
     for name, title in SIZES.items():
         values = [getattr(size, name) for size in _all_sizes(history)]
-        if name == "neurons" or None in values:  # sparsity says it
+        if name == "neurons" or None in values:  # of neurons, sparsity tells
             continue
         points = list(zip(_all_epochs(history), values, strict=True))
         form = partial(_amount, name)
@@ -167,14 +167,10 @@ def _all_epochs(history: Sequence[PruneReport]) -> list[int]:
 
 
 def _values(history: Sequence[PruneReport], curves: Sequence[charts.Series]) -> Markup:
-    by_epoch = [dict(curve.points) for curve in curves]
+    written = [[curve.form(value) for _, value in curve.points[-len(history) :]] for curve in curves]
     rows = [
-        [
-            str(report.epoch),
-            *(curve.form(at[report.epoch]) for curve, at in zip(curves, by_epoch, strict=True)),
-            f"{report.after.neurons:,}",
-        ]
-        for report in history
+        [str(report.epoch), *values, f"{report.after.neurons:,}"]
+        for report, *values in zip(history, *written, strict=True)
     ]
     columns = [Column(title) for title in ("Epoch", *(curve.title for curve in curves), "Neurons")]
     return table("Values at the end of each epoch", columns, rows)
