@@ -253,19 +253,23 @@ NO_TIMINGS = "Nothing has been timed yet: `python -m benchmarks.inference`."
 
 
 def missing(records: Sequence[Record]) -> Iterator[str]:
-    """Write the commands for tasks of which there are no runs; large ones take a GPU."""
-    there = {r["task"] for r in records}
-    methods = " ".join(dict.fromkeys((*COMPARED[1:], *ABLATION, *PEERS)))
+    """Write the commands for tasks of which there are no runs, those that are run alike in one; large ones on a GPU."""
+    left: dict[str, list[str]] = {}
     for name, task in TASKS.items():
-        if name in there:
-            continue
-        gpu = "" if name.endswith("-small") or name == "digits" else " --device cuda --amp bf16 --channels-last"
-        given = " --pretrained FILE" if task.pretrained else ""
-        data = "" if name == "digits" else " --data-root DATA"
-        start = f"python -m benchmarks.accuracy --task {name}{given}{data}{gpu}"
-        yield f"{start} --method sgd --sparsity 0"
-        yield f"{start} --method {methods} --sparsity 0.5 0.75 0.85 0.9 0.95"
-        yield f"{start} --method {methods} --speedup 2.1 2.55 5"
+        if name not in {r["task"] for r in records}:
+            large = name.startswith(("cifar10", "flowers")) and not name.endswith("-small")
+            given = f" --pretrained {name.split('-')[1]}.pt" if task.pretrained else ""
+            options = f"{given} --data-root DATA{' --device cuda --amp bf16 --channels-last' if large else ''}"
+            left.setdefault(options, []).append(name)
+    methods = " ".join(dict.fromkeys((*COMPARED[1:], *ABLATION, *PEERS)))
+    for options, names in left.items():
+        start = f"python -m benchmarks.accuracy --task {' '.join(names)}{options}"
+        for asked_for in (
+            "--method sgd --sparsity 0",
+            f"--method {methods} --sparsity 0.5 0.75 0.85 0.9 0.95",
+            f"--method {methods} --speedup 2.1 2.55 5",
+        ):
+            yield f"{start} {asked_for}"
 
 
 def made_by(records: Sequence[Record], timings: Sequence[Record]) -> Iterator[str]:
