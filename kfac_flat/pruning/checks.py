@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kfac_flat.pruning.surgery import difference
 from kfac_flat.structure import unwrap
-from kfac_flat.wrapper import OptimizerWrapper
+from kfac_flat.wrapper import OptimizerWrapper, check_innermost
 
 
 def ignored(model: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> dict[str, str]:
@@ -76,6 +76,7 @@ def check_kinds(model: Any, optimizer: Any) -> None:
         raise TypeError("prune the model inside the wrapper, model.module")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer instance, not {type(optimizer).__name__}")
+    check_innermost("NeuronPruner", optimizer)
 
 
 def check_shared(model: nn.Module, optimizer: Optimizer) -> None:
