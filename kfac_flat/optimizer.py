@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from kfac_flat.attention import kept_by_projections
 from kfac_flat.averaging import mean_over_processes, processes, rank, world_size
 from kfac_flat.changes import Change, setting
-from kfac_flat.curvature.likelihood import Likelihood, resolve
+from kfac_flat.curvature.likelihood import Likelihood, prediction, resolve
 from kfac_flat.curvature.tracker import HostCopy, Join, RadiusGradient, RadiusTracker, Select, Tracker
 from kfac_flat.curvature.twin import layer_names, unread_modules, weight_of
 from kfac_flat.nested import largest_difference
@@ -134,9 +134,10 @@ class FlatKFAC(OptimizerWrapper):
             remembered by a hook on ``criterion``.
         criterion: The loss module called in the training loop as ``criterion(model(x), y)``; for
             ``fisher="empirical"`` only.
-        likelihood: What the model's output means for the true Fisher: ``"categorical"`` logits ``[N, classes, ...]``,
-            ``"gaussian"`` means, ``"bernoulli"`` logits, or a callable ``(output, generator)`` that returns losses
-            ``[N]`` whose gradients have the Fisher for covariance, as negative log-likelihoods at drawn labels do.
+        likelihood: What the model's output means, or the ``logits`` in it where it is a mapping, for the true Fisher:
+            ``"categorical"`` logits ``[N, classes, ...]``, ``"gaussian"`` means, ``"bernoulli"`` logits, or a callable
+            ``(output, generator)`` that returns losses ``[N]`` whose gradients have the Fisher for covariance, as
+            negative log-likelihoods at drawn labels do.
         reduction: ``"max"`` over layers as in the paper, or ``"sum"``.
         layers: Restrict to these layers: names (shell patterns allowed) or classes.
         eigenpairs: ``"streaming"``, or ``"exact"`` to form and decompose the factors at each refresh.
@@ -436,13 +437,7 @@ class FlatKFAC(OptimizerWrapper):
 
     def _sampled_loss(self, output: Any) -> Tensor:
         """Losses, ``[N]``, whose gradients have the true Fisher for covariance."""
-        if not isinstance(output, Tensor) and isinstance(self._options.likelihood, str):
-            raise TypeError(
-                f"the model returns a {type(output).__name__}, so FlatKFAC cannot tell which part of it is the "
-                "prediction: give likelihood= a callable (output, generator) -> negative log-likelihoods [N], for "
-                "example lambda output, generator: kfac_flat.likelihood.categorical(output.logits, generator)"
-            )
-        losses = self._likelihood(output, self._draw_generator())
+        losses = self._likelihood(prediction(output, self._options.likelihood), self._draw_generator())
         if losses.dim() != 1:
             raise ValueError(f"likelihood must return one loss per example, [N], not {list(losses.shape)}")
         return losses

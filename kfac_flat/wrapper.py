@@ -134,6 +134,7 @@ def _check_types(name: str, optimizer: Any, model: Any) -> None:
         )
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    check_innermost(name, optimizer)
     if isinstance(optimizer, OptimizerWrapper):
         raise TypeError(
             f"the optimizer is a {type(optimizer).__name__} already, and what one wrapper does to the gradients the "
@@ -141,6 +142,19 @@ def _check_types(name: str, optimizer: Any, model: Any) -> None:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+
+
+def check_innermost(name: str, optimizer: Optimizer) -> None:
+    """Refuse what another library puts around an optimizer, such as Accelerate, and which may leave out steps of it.
+
+    Raises:
+        TypeError: if this is such a wrapper.
+    """
+    if isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        raise TypeError(
+            f"give {name} the optimizer inside of the {type(optimizer).__name__}, and build it before the "
+            "optimizer is wrapped"
+        )
 
 
 def refuse_several_processes(wrapper: OptimizerWrapper) -> None:

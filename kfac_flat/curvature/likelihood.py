@@ -12,7 +12,8 @@ so the curvature changes with the network in front of its output, and not by the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,6 +81,30 @@ def resolve(likelihood: str | Likelihood) -> Likelihood:
             "(output, generator) -> losses [N], such as negative log-likelihoods at labels it draws itself"
         )
     return LIKELIHOODS[likelihood]
+
+
+def prediction(output: Any, likelihood: str | Likelihood) -> Any:
+    """Return what a likelihood is given of a model's output.
+
+    A named one is given the output itself, or the ``"logits"`` among several; a callable all that there is.
+
+    Raises:
+        TypeError: if a named one would be given no tensor.
+
+    Example:
+        >>> prediction({"loss": torch.tensor(0.7), "logits": torch.tensor([[1.0, 2.0]])}, "categorical")
+        tensor([[1., 2.]])
+    """
+    if callable(likelihood):
+        return output
+    found = output.get("logits") if isinstance(output, Mapping) else output
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"the model returns a {type(output).__name__} without logits, so that no part of it is known to be the "
+            "prediction: give likelihood= a callable (output, generator) -> negative log-likelihoods [N], for example "
+            "lambda output, generator: kfac_flat.likelihood.categorical(output[0], generator)"
+        )
+    return found
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:

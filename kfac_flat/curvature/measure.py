@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfac_flat.curvature.likelihood import Likelihood, resolve
+from kfac_flat.curvature.likelihood import Likelihood, prediction, resolve
 from kfac_flat.curvature.tracker import RadiusTracker
 from kfac_flat.curvature.twin import layer_names
 from kfac_flat.structure import unwrap
@@ -47,5 +47,5 @@ def spectral_radii(
     generator = torch.Generator(next(inner.parameters()).device).manual_seed(seed)
     tracker = RadiusTracker(inner, layer_names(inner, layers), reduction="max", exact=exact, seed=seed)
     with torch.random.fork_rng(devices=[]):  # dropout must not move the user's generator
-        tracker.measure(inputs, {}, lambda output: draw(output, generator), steps=100)
+        tracker.measure(inputs, {}, lambda output: draw(prediction(output, likelihood), generator), steps=100)
     return {name: float(radius) for name, radius in tracker.radii.items()}

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kfac_flat.pruning.surgery import difference
 from kfac_flat.structure import unwrap
+from kfac_flat.wrapper import OptimizerWrapper, check_innermost
 
 
 def ignored(model: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> dict[str, str]:
@@ -75,6 +76,7 @@ def check_kinds(model: Any, optimizer: Any) -> None:
         raise TypeError("prune the model inside the wrapper, model.module")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer instance, not {type(optimizer).__name__}")
+    check_innermost("NeuronPruner", optimizer)
 
 
 def check_shared(model: nn.Module, optimizer: Optimizer) -> None:
@@ -86,4 +88,9 @@ def check_shared(model: nn.Module, optimizer: Optimizer) -> None:
     if not any(id(p) in of_model for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
             "none of the optimizer's parameters belongs to the model: build it from the parameters of this very model"
+        )
+    if isinstance(optimizer, OptimizerWrapper) and unwrap(optimizer.model) is not model:
+        raise ValueError(
+            f"the {type(optimizer).__name__} was given another module than this pruner, so it could not follow a cut: "
+            "give both the same one, such as the network inside of what trains it"
         )

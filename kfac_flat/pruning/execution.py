@@ -100,7 +100,7 @@ def _new_tensors(known: bool, args: tuple[Any, ...]) -> AbstractContextManager[A
 
 def _on_zeros(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-    zeros = map_tensors(lambda t: torch.zeros_like(t, device=device), (args, kwargs))
+    zeros = map_tensors(lambda t: torch.zeros_like(t, device=device), (args, dict(kwargs)))
     with torch.device(device), torch.random.fork_rng(devices=[]):
         return without_data(module.eval()(*zeros[0], **zeros[1]))
 

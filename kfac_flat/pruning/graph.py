@@ -112,7 +112,7 @@ class NeuronGraph:
     ) -> None:
         self.inputs = ExampleInputs.of(example_inputs)
         self._bare = skeleton(model)
-        self._programs = trace(model, self._bare, rules.is_leaf, rules.keeps_shape)
+        self._programs = trace(model, self._bare, self.inputs, rules.is_leaf, rules.keeps_shape)
         self._ignore, self._whole = dict(ignore or {}), dict(whole or {})
         self._stuck: dict[Place, str] = {}  # operations that no rule gets right, found by trial
         # Where neurons are dealt out to rows that go whole: attention heads, as far as can be foreseen.
@@ -183,7 +183,7 @@ class NeuronGraph:
         macs = 0
         for training, dense in self._programs.items():
             try:
-                small = Program.of(pruned, training, rules.is_leaf, dense.opaque)
+                small = Program.of(pruned, self.inputs, training, rules.is_leaf, dense.opaque)
             except UntraceableError as error:
                 raise CutError(f"after the cut, the model cannot be traced: {error}") from error
             small.opaque = dense.opaque
@@ -208,7 +208,7 @@ class NeuronGraph:
         """Run the ids of neurons through a skeleton."""
         propagation = Propagation(bare, program, table, self._stuck, self._whole_rows, expected, counts)
         with torch.no_grad():
-            propagation.run(*self.inputs.bind(program.graph))
+            propagation.run(*self.inputs.arguments(bare.forward).values())
         return propagation
 
     def _group(self) -> tuple[dict[str, Channels], dict[str, str]]:

@@ -15,12 +15,34 @@ PRODUCERS = (nn.Linear, *CONVS, *TRANSPOSED)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 PASSING = (*BATCH_NORMS, *INSTANCE_NORMS, nn.GroupNorm, nn.PReLU)
+ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign),
+    *(nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink),
+    *(nn.LogSigmoid, nn.Threshold, nn.RReLU),
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
+
+# Subclasses in other packages whose own forward computes what torch's does, and then calls these activations of theirs;
+# by their full name, so that they need not be installed.
+_LIKE_TORCHS: dict[str, tuple[str, ...]] = {
+    "timm.layers.linear.Linear": (),
+    "timm.layers.norm_act.BatchNormAct2d": ("drop", "act"),
+}
 
 
 def _is(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> bool:
     """Tell whether the module is one of ``kinds``, or a subclass that computes the same, from plain parameters."""
-    same = any(isinstance(module, kind) and type(module).forward is kind.forward for kind in kinds)
+    same = any(isinstance(module, kind) and _runs_as(module, kind) for kind in kinds)
     return same and "weight" in module._parameters
+
+
+def _runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Tell whether the module's forward is that of the class, or one known to do the same up to an activation."""
+    own = type(module)
+    if own.forward is kind.forward:
+        return True
+    then = _LIKE_TORCHS.get(f"{own.__module__}.{own.__qualname__}")
+    return then is not None and all(type(getattr(module, name)) in ACTIVATIONS for name in then)
 
 
 def is_producer(module: nn.Module | SizeAttribute) -> bool:

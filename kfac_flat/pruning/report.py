@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ class Size:
     parameters: int
     macs: int
     latency: float | None = None
+
+
+def scalars(sparsity: float, size: Size, widths: Mapping[str, int]) -> dict[str, float]:
+    """Name what a logger draws: see :meth:`PruneReport.scalars`."""
+    named = {"sparsity": sparsity, **vars(size)} | {f"width/{name}": width for name, width in widths.items()}
+    return {f"pruning/{name}": float(value) for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -160,9 +167,7 @@ class PruneReport:
                 for name, value in report.scalars().items():
                     writer.add_scalar(name, value, report.epoch)
         """
-        sizes = {"sparsity": self.sparsity, **vars(self.after)}
-        widths = {f"width/{name}": width for name, width in self.widths_after.items()}
-        return {f"pruning/{name}": float(value) for name, value in (sizes | widths).items() if value is not None}
+        return scalars(self.sparsity, self.after, self.widths_after)
 
     def html(self, path: str | os.PathLike[str], *, title: str = "Pruning report") -> Path:
         """Write this step as a page to look at in a browser: sizes, every layer, which channels went, what is frozen.

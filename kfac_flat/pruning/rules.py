@@ -426,8 +426,9 @@ def _normalised(op: Operation) -> Tensor:
 
 def _layer_norm(op: Operation) -> Tensor:
     """Statistics over the last axes, which would be others without some of the neurons that lie there."""
-    ids, module = op.subject, op.target
-    if any(d >= ids.dim() - len(module.normalized_shape) for d in varying_dims(ids)):
+    ids, module = op.subject, isinstance(op.target, nn.Module)
+    over = op.target.normalized_shape if module else op.args[1] if len(op.args) > 1 else op.kwargs["normalized_shape"]
+    if any(d >= ids.dim() - len(over) for d in varying_dims(ids)):
         op.table.contracted(ids)
         raise NoRuleError("takes its statistics over all neurons")
     return ids
@@ -484,15 +485,8 @@ def _pad(op: Operation) -> Any:
     return _spatial(len(widths) // 2)(op)
 
 
-_ACTIVATIONS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign),
-    *(nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink),
-    *(nn.LogSigmoid, nn.Threshold, nn.RReLU),
-    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
-)
-
 MODULE_RULES: dict[type[nn.Module], Rule] = {
-    **dict.fromkeys(_ACTIVATIONS, _same_shape),
+    **dict.fromkeys(layers.ACTIVATIONS, _same_shape),
     nn.Flatten: _move,
     **dict.fromkeys((nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.LPPool1d), _spatial(1)),
     **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d), _spatial(2)),
@@ -542,6 +536,7 @@ FUNCTION_RULES: dict[Any, Rule] = {
     **dict.fromkeys((torch.softmax, torch.log_softmax, F.softmax, F.log_softmax), _normalised),
     **dict.fromkeys((torch.pixel_shuffle, F.pixel_shuffle), _pixel_shuffle),
     **dict.fromkeys((torch.pixel_unshuffle, F.pixel_unshuffle), _pixel_unshuffle),
+    **dict.fromkeys((torch.layer_norm, F.layer_norm), _layer_norm),
     F.pad: _pad,
     F.interpolate: _resize,
     **dict.fromkeys(

@@ -22,7 +22,7 @@ from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without
 from kfac_flat.pruning.groups import Groups
 from kfac_flat.pruning.remaining import NONE, Remaining
-from kfac_flat.pruning.report import PruneReport, Size
+from kfac_flat.pruning.report import PruneReport, Size, scalars
 from kfac_flat.pruning.saliency import Saliency
 from kfac_flat.pruning.surgery import Surgery
 from kfac_flat.pruning.undo import Undo
@@ -179,6 +179,11 @@ class NeuronPruner:
     # ---------------------------------------------------------------- reading
 
     @property
+    def epoch(self) -> int:
+        """Epochs that have ended: the number of :meth:`step` calls, those before a checkpoint included."""
+        return self._epoch
+
+    @property
     def sparsity(self) -> float:
         """Neurons removed so far / original neurons."""
         return 1 - self._left.size.neurons / self._dense.size.neurons
@@ -223,6 +228,10 @@ class NeuronPruner:
             (tensor([0, 2]), tensor([1, 3]))
         """
         return {name: self._left.kept[name][1].clone() for name in self._graph.producers}
+
+    def scalars(self) -> dict[str, float]:
+        """Return what a logger draws of the model as it is now, under the names of :meth:`PruneReport.scalars`."""
+        return scalars(self.sparsity, self.size, self.widths)
 
     # ---------------------------------------------------------------- stepping
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import inspect
+import operator
 import sys
 import types
 import warnings
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from kfac_flat.nested import batch_size, map_tensors
+from kfac_flat.nested import batch_size, map_tensors, tensors
 from kfac_flat.structure import structural_copy
 
 
@@ -55,34 +57,19 @@ class ExampleInputs:
         """Length of the first axis of the first tensor, 1 if there is none."""
         return batch_size((self.args, self.kwargs)) or 1
 
-    def bind(self, graph: fx.Graph) -> list[Any]:
-        """Return the arguments in the order of the traced placeholders; those not given keep their defaults.
+    def arguments(self, forward: Callable[..., Any]) -> dict[str, Any]:
+        """Return the arguments that hold tensors, by the position or name that they are given at.
 
         Raises:
-            ValueError: if arguments are missing, or left over.
+            ValueError: if the function takes other arguments.
         """
-        positional, keywords = list(self.args), dict(self.kwargs)
-        bound: list[Any] = []
-        for node in graph.find_nodes(op="placeholder"):
-            name = str(node.target)
-            if name.startswith("**"):
-                bound.append(keywords)
-                keywords = {}
-            elif name.startswith("*"):
-                bound.append(tuple(positional))
-                positional = []
-            elif positional:
-                bound.append(positional.pop(0))
-            elif name in keywords:
-                bound.append(keywords.pop(name))
-            elif node.args:
-                bound.append(node.args[0])
-            else:
-                raise ValueError(f"example_inputs lack the model's argument {name!r}")
-        if positional or keywords:
-            extra = ", ".join(map(repr, keywords)) or f"{len(positional)} positional"
-            raise ValueError(f"example_inputs hold more arguments than the model takes: {extra}")
-        return bound
+        signature = inspect.signature(forward)
+        try:
+            signature.bind(*self.args, **self.kwargs)
+        except TypeError as error:
+            raise ValueError(f"example_inputs do not fit the model's arguments {signature}: {error}") from error
+        given = {f"input_{i}": value for i, value in enumerate(self.args)} | self.kwargs
+        return {name: value for name, value in given.items() if next(tensors(value), None) is not None}
 
 
 @dataclass
@@ -105,14 +92,19 @@ class Program:
 
     @classmethod
     def of(
-        cls, bare: nn.Module, training: bool, is_known: Callable[[nn.Module], bool], opaque: Collection[str]
+        cls,
+        bare: nn.Module,
+        inputs: ExampleInputs,
+        training: bool,
+        is_known: Callable[[nn.Module], bool],
+        opaque: Collection[str],
     ) -> Program:
-        """Trace a skeleton.
+        """Trace a skeleton that is called with these inputs.
 
         Raises:
             UntraceableError: if a submodule, or the model's own forward, cannot be traced.
         """
-        tracer = _Tracer(is_known, opaque)
+        tracer = _Tracer(inputs, is_known, opaque)
         before = set(vars(bare))
         with torch.random.fork_rng(devices=[]):  # noise is no neuron's: it is to be the same in every trace
             torch.default_generator.manual_seed(0)
@@ -122,7 +114,7 @@ class Program:
                 try:  # a buffer cut to a size of the input, such as mask[:T, :T], is followed only as an operation
                     if not isinstance(error, TypeError):
                         raise
-                    graph = _Tracer(is_known, opaque, buffers=True).trace(bare)
+                    graph = _Tracer(inputs, is_known, opaque, buffers=True).trace(bare)
                 except _TRACE_ERRORS:  # what went wrong at first says more
                     raise UntraceableError(tracer.failed, str(error)) from error
         made = {name: vars(bare).pop(name) for name in set(vars(bare)) - before}
@@ -154,6 +146,7 @@ class UntraceableError(ValueError):
 def trace(
     model: nn.Module,
     bare: nn.Module,
+    inputs: ExampleInputs,
     is_known: Callable[[nn.Module], bool],
     keeps_shape: Callable[[Any], bool],
 ) -> dict[bool, Program]:
@@ -164,6 +157,7 @@ def trace(
     Args:
         model: The model, with data.
         bare: Its skeleton.
+        inputs: What it is called with.
         is_known: Tells modules that have a rule of their own and are not looked into.
         keeps_shape: Tells calls that return their first argument changed in nothing but its numbers.
 
@@ -174,7 +168,7 @@ def trace(
     programs: dict[bool, Program] = {}
     while len(programs) < 2:
         try:
-            programs = {training: Program.of(bare, training, is_known, opaque) for training in (True, False)}
+            programs = {training: Program.of(bare, inputs, training, is_known, opaque) for training in (True, False)}
         except UntraceableError as error:
             if error.submodule is None:
                 raise ValueError(
@@ -208,11 +202,17 @@ class _Unpacked:
             return self.tracer.iter(self)  # type: ignore[attr-defined, no-any-return]
         return (self[i] for i in range(number))  # type: ignore[index]
 
+    def __len__(self) -> int:
+        return len(self.tracer.value_of(self.node))  # type: ignore[attr-defined]
+
 
 class _Proxy(_Unpacked, fx.Proxy):
     """The result of an operation."""
 
-    def __getattr__(self, name: str) -> _Attribute:
+    def __getattr__(self, name: str) -> Any:
+        if name == "dtype":  # which functions outside of torch's dispatcher, such as finfo, take as it is
+            with contextlib.suppress(fx.proxy.TraceError):
+                return self.tracer.value_of(self.node).dtype  # type: ignore[attr-defined]
         return _Attribute(self, name)
 
 
@@ -234,13 +234,23 @@ class _Tracer(fx.Tracer):
     """Symbolic tracing that remembers the innermost submodule in which it failed.
 
     Args:
+        inputs: What the model is called with. Arguments without tensors, and those that are not given, are what they
+            are in that call; what the code asks of sizes is answered as in that call.
         is_known: Tells modules that have a rule of their own and are not looked into.
         opaque: Submodules that are not looked into either.
         buffers: Trace what is done with buffers; otherwise they are tensors whose shape the code may ask for.
     """
 
-    def __init__(self, is_known: Callable[[nn.Module], bool], opaque: Collection[str], buffers: bool = False) -> None:
+    def __init__(
+        self,
+        inputs: ExampleInputs,
+        is_known: Callable[[nn.Module], bool],
+        opaque: Collection[str],
+        buffers: bool = False,
+    ) -> None:
         super().__init__()
+        self._inputs = inputs
+        self._tracing = True
         self.proxy_buffer_attributes = buffers
         self._is_known = is_known
         self._opaque = opaque
@@ -251,6 +261,69 @@ class _Tracer(fx.Tracer):
         if module_qualified_name in self._opaque or self._is_known(m):
             return True
         return super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Make a placeholder for each argument that the model is called with and that holds tensors."""
+        given = self._inputs.arguments(self.root.forward)
+        proxies = {name: self.create_proxy("placeholder", name, (), {}) for name in given}
+        self._known: dict[fx.Node, Any] = {proxies[name].node: value for name, value in given.items()}
+        args = [proxies.get(f"input_{i}", value) for i, value in enumerate(self._inputs.args)]
+        kwargs = {name: proxies.get(name, value) for name, value in self._inputs.kwargs.items()}
+        return functools.partial(root_fn, self.root, *args, **kwargs), []
+
+    def value_of(self, node: fx.Node) -> Any:
+        """Find out what an operation returns, tensors without data.
+
+        Raises:
+            fx.proxy.TraceError: if that depends on data or the device, or the operation cannot be run.
+        """
+        for n in self.graph.nodes:
+            if n not in self._known:
+                try:
+                    self._known[n] = self._result(n)
+                except (*_TRACE_ERRORS, NotImplementedError) as error:
+                    raise fx.proxy.TraceError(f"{n.target} cannot be run without data: {error}") from error
+            if n is node:
+                break
+        return self._known[node]
+
+    def _result(self, n: fx.Node) -> Any:
+        """Run one operation on what is known of its arguments."""
+        known: Any = fx.node.map_arg((n.args, n.kwargs), lambda node: self._known[node])
+        args, kwargs = known
+        if n.target is getattr and (isinstance(args[0], torch.device) or args[1] == "is_cuda"):
+            raise fx.proxy.TraceError("it asks for the kind of device")
+        with self._untraced(), torch.device("meta"), torch.no_grad():
+            if n.op == "get_attr":
+                return without_data(operator.attrgetter(str(n.target))(self.root))
+            if n.op == "call_method":
+                return getattr(args[0], str(n.target))(*args[1:], **kwargs)
+            if n.op == "call_function":
+                return n.target(*args, **kwargs)  # type: ignore[operator]
+            module = self.root.get_submodule(str(n.target))
+            if isinstance(module, nn.modules.batchnorm._NormBase):  # refuses a single example
+                return torch.empty_like(args[0])
+            return module(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _untraced(self) -> Iterator[None]:
+        """Let modules be called, and asked for what they hold, as if nothing were traced."""
+        self._tracing = False
+        try:
+            yield
+        finally:
+            self._tracing = True
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """Go through the parts of a value whose number the inputs tell."""
+        return (obj[i] for i in range(len(self.value_of(obj.node))))
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Answer a question about sizes; a cut that would change the answer is found when it is verified."""
+        value = self.value_of(obj.node)
+        if next(tensors(value), None) is not None:
+            raise fx.proxy.TraceError("symbolically traced variables cannot be used as inputs to control flow")
+        return bool(value)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Make the value of an operation."""
@@ -280,7 +353,7 @@ class _Tracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """Find what the model's code reads of a module likewise."""
-        followed = isinstance(attr_val, Tensor if self.proxy_buffer_attributes else nn.Parameter)
+        followed = self._tracing and isinstance(attr_val, Tensor if self.proxy_buffer_attributes else nn.Parameter)
         name = self._tensor_names.get(id(attr_val)) if followed else None
         if name is None:
             return attr_val
@@ -302,6 +375,8 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Trace into a submodule; the innermost one that fails is remembered."""
+        if not self._tracing:
+            return forward(*args, **kwargs)
         if not args and self._is_known(m) and list(kwargs) == [*inspect.signature(m.forward).parameters][:1]:
             args, kwargs = tuple(kwargs.values()), {}  # rules expect what a layer reads in its place, not by name
         try:

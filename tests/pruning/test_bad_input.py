@@ -59,6 +59,13 @@ def test_what_is_no_model_or_no_optimizer_is_refused() -> None:
         build(nn.DataParallel(model), optim.SGD(model.parameters(), lr=0.1))
 
 
+def test_a_flat_kfac_of_another_module_is_refused_whose_names_would_not_fit() -> None:
+    model = mlp()
+    optimizer = FlatKFAC(optim.SGD(model.parameters(), lr=0.1), model)
+    with pytest.raises(ValueError, match=r"was given another module than this pruner.*give both the same one"):
+        build(nn.Sequential(model), optimizer)
+
+
 @pytest.mark.parametrize("kfac", [False, True])
 def test_an_optimizer_over_another_models_parameters_is_refused_with_advice(kfac: bool) -> None:
     other = mlp()
@@ -76,8 +83,8 @@ def test_an_optimizer_over_another_models_parameters_is_refused_with_advice(kfac
         (torch.randn(2, 5), r"does not run on example_inputs: 0 \(Linear\).*Give what the model is called with"),
         (torch.randn(2, 3, 4, 5), r"does not run on example_inputs"),
         ("text", r"does not run on example_inputs"),
-        ((), r"example_inputs lack the model's argument"),
-        ({"x": torch.randn(2, 4)}, r"example_inputs lack the model's argument"),
+        ((), r"example_inputs do not fit the model's arguments .*missing a required argument"),
+        ({"x": torch.randn(2, 4)}, r"example_inputs do not fit the model's arguments .*missing a required argument"),
         ((torch.randn(2, 4), torch.randn(2, 4)), r"example_inputs"),
         ({"input": torch.randn(2, 4), "mask": torch.randn(2, 4)}, r"example_inputs.*mask"),
     ],

@@ -1,0 +1,86 @@
+"""The Trainer of transformers: a callback that steps a NeuronPruner; FlatKFAC is given as ``optimizers=``.
+
+Needs ``pip install kfac-flat[transformers]``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from kfac_flat.optimizer import FlatKFAC
+from kfac_flat.pruning.scheduler import NeuronPruner
+
+FILE = "neuron_pruner.pt"
+
+
+class NeuronPruning(TrainerCallback):
+    """Remove neurons between epochs, log what is there, and save the pruner with each checkpoint.
+
+    An epoch's removal comes when the next one begins (that of the last epoch when training ends), so that evaluation,
+    metrics and checkpoints of an epoch are those of one model. ``rho`` (with FlatKFAC) and
+    :meth:`NeuronPruner.scalars` are logged.
+
+    Args:
+        trainer: The Trainer that this is a callback of.
+        pruner: The pruner of its model and of the optimizer that the Trainer was given.
+
+    Example:
+        ``trainer.add_callback(NeuronPruning(trainer, pruner))``
+    """
+
+    def __init__(self, trainer: Trainer, pruner: NeuronPruner) -> None:
+        self._trainer, self._pruner = trainer, pruner
+
+    def restored(self, checkpoint: str | os.PathLike[str]) -> str:
+        """Cut the dense model to the shape of a checkpoint, so that the Trainer can load the weights.
+
+        Args:
+            checkpoint: A folder that the Trainer has written.
+
+        Returns:
+            The folder, as in ``trainer.train(resume_from_checkpoint=pruning.restored(folder))``.
+        """
+        self._pruner.load_state_dict(torch.load(Path(checkpoint, FILE), map_location="cpu", weights_only=True))
+        return os.fspath(checkpoint)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Refuse what would fail at the end.
+
+        Raises:
+            ValueError: if the best of several models, of different sizes, is to be loaded into the last.
+        """
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True would load weights into a model that has become too small for them: "
+                "leave it out, and load the best checkpoint into a new model with kfac_flat.shrink"
+            )
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """End the epoch before."""
+        self._end_epochs(state)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Log what has been trained in this epoch."""
+        optimizer = getattr(self._trainer.optimizer, "optimizer", None)  # inside of Accelerate's
+        rho = {"rho": optimizer.rho} if isinstance(optimizer, FlatKFAC) else {}
+        self._trainer.log({**rho, **self._pruner.scalars()})
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """End the last epoch of all."""
+        self._end_epochs(state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save the pruner beside the weights."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
+            torch.save(self._pruner.state_dict(), folder / FILE)
+
+    def _end_epochs(self, state: TrainerState) -> None:
+        """Step the pruner for the epochs that are over, some of which may lie before a checkpoint."""
+        while self._pruner.epoch < int(state.epoch or 0):
+            self._pruner.step()
