@@ -134,9 +134,10 @@ class FlatKFAC(OptimizerWrapper):
             remembered by a hook on ``criterion``.
         criterion: The loss module called in the training loop as ``criterion(model(x), y)``; for
             ``fisher="empirical"`` only.
-        likelihood: What the model's output means, or the ``logits`` in it where it is a mapping, for the true Fisher:
-            ``"categorical"`` logits ``[N, classes, ...]``, ``"gaussian"`` means, ``"bernoulli"`` logits, or a callable ``(output, generator)`` that returns losses
-            ``[N]`` whose gradients have the Fisher for covariance, as negative log-likelihoods at drawn labels do.
+        likelihood: What the model's output, or the ``logits`` in it where it is a mapping, means for the true Fisher:
+            ``"categorical"`` logits ``[N, classes, ...]``, ``"gaussian"`` means, ``"bernoulli"`` logits, or a callable
+            ``(output, generator)`` that returns losses ``[N]`` whose gradients have the Fisher for covariance, as
+            negative log-likelihoods at drawn labels do.
         reduction: ``"max"`` over layers as in the paper, or ``"sum"``.
         layers: Restrict to these layers: names (shell patterns allowed) or classes.
         eigenpairs: ``"streaming"``, or ``"exact"`` to form and decompose the factors at each refresh.
