@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from kfac_flat.optimizer import FlatKFAC
 from kfac_flat.pruning.scheduler import NeuronPruner
+from kfac_flat.structure import unwrap
 
-FILE = "neuron_pruner.pt"
+FILE = "pruned.pt"
 
 
 class NeuronPruning(TrainerCallback):
-    """Remove neurons between epochs, log what is there, and save the pruner with each checkpoint.
+    """Remove neurons between epochs, log what is there, and save pruner and model with each checkpoint.
 
     An epoch's removal comes when the next one begins (that of the last epoch when training ends), so that evaluation,
     metrics and checkpoints of an epoch are those of one model. ``rho`` (with FlatKFAC) and
@@ -37,7 +39,10 @@ class NeuronPruning(TrainerCallback):
         self._trainer, self._pruner = trainer, pruner
 
     def restored(self, checkpoint: str | os.PathLike[str]) -> str:
-        """Cut the dense model to the shape of a checkpoint, so that the Trainer can load the weights.
+        """Cut the dense model to the shape of a checkpoint, and load its weights.
+
+        The Trainer then loads the weights again, or leaves them alone: of models such as ViT it saves them under names
+        that it does not find when it resumes.
 
         Args:
             checkpoint: A folder that the Trainer has written.
@@ -45,7 +50,9 @@ class NeuronPruning(TrainerCallback):
         Returns:
             The folder, as in ``trainer.train(resume_from_checkpoint=pruning.restored(folder))``.
         """
-        self._pruner.load_state_dict(torch.load(Path(checkpoint, FILE), map_location="cpu", weights_only=True))
+        saved = torch.load(Path(checkpoint, FILE), map_location="cpu", weights_only=True)
+        self._pruner.load_state_dict(saved["pruner"])
+        self._model.load_state_dict(saved["model"])
         return os.fspath(checkpoint)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -75,10 +82,17 @@ class NeuronPruning(TrainerCallback):
         self._end_epochs(state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save the pruner beside the weights."""
+        """Save the pruner and what :func:`kfac_flat.shrink` makes room for."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
-            torch.save(self._pruner.state_dict(), folder / FILE)
+            saved = {"pruner": self._pruner.state_dict(), "model": self._model.state_dict()}
+            torch.save(saved, folder / FILE)
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self._trainer.model
+        assert model is not None
+        return unwrap(model)
 
     def _end_epochs(self, state: TrainerState) -> None:
         """Step the pruner for the epochs that are over, some of which may lie before a checkpoint."""

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -185,28 +184,29 @@ class StopAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("saving", [{}, {"save_strategy": "steps", "save_steps": 3}])
-@pytest.mark.parametrize("step", [7, 10, 13])
+@pytest.mark.parametrize(("kind", "step"), [("bert", 7), ("vit", 10), ("bert", 13)])
 def test_a_training_that_was_stopped_goes_on_to_the_same_network(
-    saving: dict[str, Any], step: int, tmp_path: Path
+    saving: dict[str, Any], kind: str, step: int, tmp_path: Path
 ) -> None:
-    whole, _, _ = trainer("bert", tmp_path / "whole", **saving)
+    whole, _, _ = trainer(kind, tmp_path / "whole", **saving)
     whole.train()
-    stopped, _, _ = trainer("bert", tmp_path / "stopped", **saving)
+    stopped, _, _ = trainer(kind, tmp_path / "stopped", **saving)
     stopped.add_callback(StopAt(step))
     with pytest.raises(InterruptedError):
         stopped.train()
     last = max((tmp_path / "stopped").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    again, pruning, _ = trainer("bert", tmp_path / "stopped", **saving)
+    again, pruning, _ = trainer(kind, tmp_path / "stopped", **saving)
     again.train(resume_from_checkpoint=pruning.restored(last))
     assert_same(again.model, whole.model)
 
 
-def test_a_checkpoint_loads_where_the_model_is_used(tmp_path: Path) -> None:
-    made, _, _ = trainer("bert", tmp_path)
+@pytest.mark.parametrize(("kind", "make"), [("bert", bert), ("vit", vit)])
+def test_a_checkpoint_loads_where_the_model_is_used(kind: str, make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    made, _, _ = trainer(kind, tmp_path)
     made.train()
-    folder = tmp_path / "checkpoint-16"
-    model = kfac_flat.shrink(bert(), torch.load(folder / FILE, weights_only=True))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    saved = torch.load(tmp_path / "checkpoint-16" / FILE, weights_only=True)
+    model = kfac_flat.shrink(make(), saved["pruner"])
+    model.load_state_dict(saved["model"])
     assert_same(model, made.model)
 
 
