@@ -87,6 +87,23 @@ def heads(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, LAYERS) and len(m.weight) == CLASSES]
 
 
+def halved(model: nn.Module) -> float:
+    """How many times fewer parameters a model would have if every layer but the heads had exactly half of its neurons.
+
+    That is arithmetic: a weight between two halved layers is quartered, that of a head, of a layer that reads the image
+    or of a depthwise convolution is halved, and so is everything that has one number for a neuron.
+    """
+    total, left, at_the_end = 0, 0.0, heads(model)
+    for module in model.modules():
+        writes = 1.0 if module in at_the_end else 0.5
+        for p in module.parameters(recurse=False):
+            weight = isinstance(module, (*LAYERS, nn.MultiheadAttention)) and p.dim() > 1
+            once = weight and p.shape[1] == (1 if getattr(module, "groups", 1) > 1 else 3)
+            total += p.numel()
+            left += p.numel() * writes * (0.5 if weight and not once else 1.0)
+    return total / left
+
+
 def neurons(model: nn.Module) -> int:
     """Output channels of all Linear and convolution layers but the heads."""
     at_the_end = heads(model)
@@ -112,12 +129,13 @@ def measure(library: str, name: str, image_size: int, tell: Tell) -> None:
         library: One of :data:`LIBRARIES`.
         name: A classifier of torchvision.
         image_size: Height and width of the images.
-        tell: Is called with ``build`` and ``cut`` (seconds), ``build_cpu`` and ``cut_cpu`` (seconds of the processor);
-            ``neurons`` (share removed), ``reach`` (share of the parameters in tensors that got smaller), ``parameters``
-            and ``macs`` (factors); ``trains`` (True).
+        tell: Is called with ``half`` (factor, see :func:`halved`); ``build`` and ``cut`` (seconds), ``build_cpu`` and
+            ``cut_cpu`` (seconds of the processor); ``neurons`` (share removed), ``reach`` (share of the parameters in
+            tensors that got smaller), ``parameters`` and ``macs`` (factors); ``trains`` (True).
     """
     model, x = build(name), torch.randn(1, 3, image_size, image_size)
     before, neurons_before, macs_before = shapes(model), neurons(model), macs(model, x)
+    tell(half=halved(model))
     LIBRARIES[library](model, x, tell)
     after = shapes(model)
     total = sum(shape.numel() for shape in before.values())

@@ -2,9 +2,10 @@
 
 For each model: seconds of the processor to trace it and find out which neurons go together, and for one cut (those of
 the clock are in the JSON file), and what is left. Half of the neurons that can go do so, about the same share of each
-layer; torch-pruning, measured beside it, is asked for half of each layer but the classifier. Each model and each
-library has a process and a time limit of its own. After the cut, the model runs in eval mode, where MACs are counted,
-and then forward and backward in train mode; an error stands in the column that could not be filled.
+layer; torch-pruning, measured beside it, is asked for half of each layer but the classifier. What exactly half of each
+layer would leave of the parameters, whoever prunes, stands beside what there really is. Each model and each library has
+a process and a time limit of its own. After the cut, the model runs in eval mode, where MACs are counted, and then
+forward and backward in train mode; an error stands in the column that could not be filled.
 
 ``--saliency`` measures instead what it costs to record Theta at every training step.
 
@@ -51,6 +52,7 @@ COLUMNS = {  # what is known of a cut, and how it is written
     "cut_cpu": ("cut\nCPU s", "{:.2f}"),
     "neurons": ("neurons\ngone", "{:.1%}"),
     "reach": ("params\nreached", "{:.1%}"),
+    "half": ("params at\n½ of each", "{:.2f}x"),
     "parameters": ("params\nfewer", "{:.2f}x"),
     "macs": ("MACs\nfewer", "{:.2f}x"),
     "trains": ("trains\non", "yes"),
@@ -161,11 +163,12 @@ def saliency_table(results: Mapping[str, Mapping[str, float]]) -> Table:
     """Lay out one row per network."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("network", no_wrap=True)
-    for heading in ("training step\nms", "with pruner\nms", "recording alone\nms", "recording\n/ step"):
+    headings = ("training step\nCPU ms", "with pruner\nCPU ms", "recording alone\nCPU ms")
+    for heading in (*headings, "recording\n/ step", "reading W, dW\n/ step"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, seconds in results.items():
         times = [f"{1000 * seconds[what]:,.2f}" for what in ("step", "watched", "recording")]
-        table.add_row(name, *times, f"{seconds['recording'] / seconds['step']:.2%}")
+        table.add_row(name, *times, *(f"{seconds[what] / seconds['step']:.2%}" for what in ("recording", "reading")))
     return table
 
 

@@ -42,8 +42,9 @@ class DryRun(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function, if need be."""
-        if rules.keeps_first(target, args, kwargs):
-            return _like(args[0])
+        like = rules.same_as_result(target, args, kwargs)
+        if like is not None:
+            return _like(like)
         rule = rules.find(target)
         with _new_tensors(rule is not None, args):
             return self._counted(rule, lambda: target(*args, **kwargs))

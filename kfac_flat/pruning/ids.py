@@ -43,9 +43,9 @@ def varying_dims(ids: Tensor) -> list[int]:
     """Axes along which the ids differ."""
     (small,) = narrowed(ids)
     varying = []
-    for d in range(ids.dim()):
-        first = small.narrow(d, 0, min(1, small.shape[d]))
-        if small.shape[d] > 1 and bool((small != first).any()):
+    for d in (d for d, size in enumerate(small.shape) if size > 1):
+        first = small.narrow(d, 0, 1)
+        if bool((small != first).any()):
             varying.append(d)
         else:
             small = first  # along other axes, ids differ there as they do elsewhere

@@ -620,15 +620,19 @@ def changes_no_shape(module: nn.Module, x: Tensor) -> bool:
     return keeps_shape(module)
 
 
-def keeps_first(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a function is known to return a tensor of the shape and type of its first argument."""
+def same_as_result(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the argument whose shape and type a function is known to return, if there is one."""
     if not args or not isinstance(args[0], Tensor) or kwargs:
-        return False
+        return None
     if target in _SAME_SHAPE_FUNCTIONS:
-        return True
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    return (
-        find(target) is _pointwise
-        and args[0].is_floating_point()
-        and all(t.shape == args[0].shape and t.dtype == args[0].dtype for t in tensors)
-    )
+        return args[0]
+    operands = [a for a in args if isinstance(a, Tensor)]
+    full = max(operands, key=lambda t: (t.numel(), t.dim()))
+    pointwise = find(target) is _pointwise and full.is_floating_point()
+    return full if pointwise and all(t.dtype == full.dtype and _broadcasts(t, full) for t in operands) else None
+
+
+def _broadcasts(t: Tensor, full: Tensor) -> bool:
+    """Tell whether a tensor is repeated along axes of another one at most, where they meet."""
+    pairs = zip(reversed(t.shape), reversed(full.shape), strict=False)
+    return t.dim() <= full.dim() and all(size in (1, whole) for size, whole in pairs)

@@ -61,7 +61,7 @@ def test_what_fails_is_reported_in_a_word_and_in_full(tmp_path: Path) -> None:
 
 
 def test_a_result_says_what_was_known_before_it_failed() -> None:
-    assert pruner_speed.cells({"build_cpu": 1.234, "error": "> 9 s"}) == ["1.23", "> 9 s", "", "", "", "", ""]
+    assert pruner_speed.cells({"build_cpu": 1.234, "error": "> 9 s"}) == ["1.23", "> 9 s", *[""] * 6]
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, cut: Any) -> dict[str, Any]:
@@ -73,6 +73,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, cut: Any) -> dict[str, Any]:
 
 def test_no_cut_reaches_nothing_and_leaves_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     known = measured(monkeypatch, lambda model, x, tell: None)
+    assert known.pop("half") == one_cut.halved(one_cut.build(MODEL))
     assert known == {"neurons": 0, "reach": 0, "parameters": 1, "macs": 1, "trains": True}
 
 
@@ -89,6 +90,20 @@ def test_a_cut_by_hand_is_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> No
     assert known["neurons"] == pytest.approx(128 / outputs)
     assert known["parameters"] == pytest.approx(total / (total - 128 * (64 * 9 + 1) - 128 * 1000))
     assert known["reach"] == pytest.approx((256 * (64 * 9 + 1) + 512 * 1000) / total)
+
+
+def test_halving_all_layers_is_arithmetic() -> None:
+    """Against the same classes built with half of the channels."""
+
+    def network(width: int) -> nn.Sequential:
+        return nn.Sequential(
+            *(nn.Conv2d(3, width, 3, bias=False), nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, groups=width)),
+            *(nn.Conv2d(width, 2 * width, 1), nn.Conv2d(2 * width, 2 * width, 3, groups=2), nn.Flatten()),
+            nn.Linear(2 * width, one_cut.CLASSES),
+        )
+
+    whole, half = (sum(p.numel() for p in network(width).parameters()) for width in (16, 8))
+    assert one_cut.halved(network(16)) == pytest.approx(whole / half)
 
 
 def test_the_even_pruner_takes_about_half_of_every_layer() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn, optim
 from torch.nn import functional as F
 
 from kfac_flat import FlatKFAC, NeuronPruner
+from kfac_flat.pruning import saliency
 from tests.pruning.masking import Probe, channel_axis, is_depthwise, layers_of, widths_of
 from tests.pruning.nets import CASES, LAYERS
 
@@ -291,3 +292,26 @@ def test_every_reader_is_masked_in_the_reference() -> None:
     masked = Masked(model)
     assert sorted(masked.masks) == ["0", "10", "6"]
     assert isinstance(masked.model[3], LAYERS)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(7, 11), nn.Conv2d(6, 9, 3), nn.Conv2d(6, 10, (1, 2), groups=2)])
+@pytest.mark.parametrize("in_cache", [1, 40, 10**6])
+def test_a_mask_gradient_is_summed_up_alike_in_blocks_of_any_size(
+    layer: Any, in_cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saliency, "_IN_CACHE", in_cache)
+    weight, groups = layer.weight.detach().double(), getattr(layer, "groups", 1)
+    gradient = torch.randn(weight.shape, dtype=torch.float64)
+    outputs, columns = len(weight) // groups, weight.shape[1]
+    expected = [
+        sum((weight[o, c] * gradient[o, c]).sum() for o in range(g * outputs, (g + 1) * outputs))
+        for g in range(groups)
+        for c in range(columns)
+    ]
+    assert torch.allclose(saliency.mask_gradient(weight, gradient, groups), torch.stack(expected))
+
+
+def test_a_mask_gradient_in_half_precision_is_added_up_in_single() -> None:
+    weight = torch.full((4096, 2), 0.1, dtype=torch.bfloat16)
+    found = saliency.mask_gradient(weight, torch.ones_like(weight))
+    assert torch.allclose(found, 4096 * weight[0].float(), rtol=1e-5)
