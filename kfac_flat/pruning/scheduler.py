@@ -180,7 +180,7 @@ class NeuronPruner:
 
     @property
     def epoch(self) -> int:
-        """Epochs that have ended: the number of :meth:`step` calls, those before a checkpoint included."""
+        """How many epochs have ended, the number of :meth:`step` calls, those before a checkpoint included."""
         return self._epoch
 
     @property

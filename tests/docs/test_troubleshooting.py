@@ -16,6 +16,10 @@ PAGE = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
 NO_MESSAGES = {
     "Full backward hook is firing when gradients are computed",  # a warning of torch, which is silenced
     "outside lower left",  # a place in a picture
+    # What a torch.fx.Tracer says of code that it cannot follow, put into a reason that is on the page.
+    "symbolically traced variables cannot be used as inputs to control flow",
+    "… cannot be run without data: …",
+    "it asks for the kind of device",
 }
 
 # Files that are made of sentences, on pages and in a terminal; of these, what is raised and warned counts.
@@ -40,7 +44,7 @@ def messages(source: str, raised_only: bool = False) -> set[str]:
     if raised_only:
         return said
     other = {_written(text) for text in _texts(tree) if id(text) not in docstrings}
-    return said | {text for text in other if _is_sentence(text)} - NO_MESSAGES
+    return (said | {text for text in other if _is_sentence(text)}) - NO_MESSAGES
 
 
 def _said(tree: ast.AST) -> Iterator[ast.expr]:
