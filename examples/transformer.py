@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--epochs", type=whole(2), default=8, help="of training, at least 2")
-    parser.add_argument("--width", type=int, choices=(16, 24, 32, 48, 64), default=32, help="of the embedding")
+    parser.add_argument("--width", type=int, choices=(24, 32, 48, 64), default=32, help="of the embedding")
     parser.add_argument("--target", type=share, default=0.3, help="share of neurons to remove")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--out", type=Path, default=Path("runs/transformer"), help="folder for checkpoints")

@@ -18,7 +18,7 @@ LINE = r"epoch (\d+): (\d+)% of neurons removed, accuracy ([\d.]+) %"
 EXAMPLES = {
     "lightning": (lightning_digits, ["--width", "16"], "last.ckpt", 50, 40),
     "accelerate": (accelerate_digits, ["--width", "16"], ".", 50, 40),
-    "transformer": (transformer, ["--width", "16"], "checkpoint-*", 30, 40),
+    "transformer": (transformer, ["--width", "24"], "checkpoint-*", 30, 40),
 }
 
 
