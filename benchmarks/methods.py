@@ -59,6 +59,9 @@ def unwrapped(base: Optimizer, model: nn.Module) -> Optimizer:
 
 sharpness_aware = partial(SAM, criterion=CRITERION)
 true_hessian = partial(SpectralRadius, criterion=CRITERION)
+at_every_step = partial(
+    FlatKFAC, fisher="empirical", criterion=CRITERION, penalty="linear", every=1, survey_every=1, batch_fraction=1.0
+)
 
 # ---------------------------------------------------------------- when, and how much
 
@@ -210,11 +213,9 @@ HYBRID = {"taylor": TaylorPruner, "threshold": 0.878}
 METHODS = {
     "sgd": Method(pruner=None),
     "hgnp": Method(FlatKFAC),
-    # As in the paper: the penalty in full at every step, of all layers, equal cuts; its weight is not to be had.
-    "hgnp-plain": Method(
-        partial(FlatKFAC, penalty="linear", every=1, survey_every=1, batch_fraction=1.0, clip=None),
-        options={"pace": "linear"},
-    ),
+    # As in the paper: the batch's own labels, the penalty in full at every step, equal cuts; its weight is not told.
+    "hgnp-plain": Method(partial(at_every_step, mu=0.01, clip=None), options={"pace": "linear"}),
+    "hgnp-thorough": Method(partial(at_every_step, mu=0.1, reduction="sum")),
     "hgnp-per-mac": Method(FlatKFAC, options={"per": "mac"}),
     "hybrid": Method(FlatKFAC, HybridPruner, options=HYBRID),
     "theta": Method(),  # mu = 0 in training and in Theta

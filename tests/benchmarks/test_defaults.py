@@ -49,6 +49,7 @@ def test_a_setting_makes_the_optimizer_that_it_names() -> None:
 
     assert type(made("sgd")) is SGD
     assert type(made("sam")) is SAM
+    assert [made(setting)._rho for setting in ("sam", "sam=0.2")] == [0.05, 0.2]
     flat = made("mu=0.02+penalty=linear+every=3+fisher=empirical")
     assert isinstance(flat, FlatKFAC)
     options = flat._options
@@ -56,7 +57,7 @@ def test_a_setting_makes_the_optimizer_that_it_names() -> None:
     assert made("default")._options.mu == 0.01
 
 
-@pytest.mark.parametrize("wrong", ["speed=11", "mu=fast", "mu"])
+@pytest.mark.parametrize("wrong", ["speed=11", "mu=fast", "mu", "sam=far"])
 def test_settings_that_cannot_be_read_are_refused(wrong: str, capsys: Any) -> None:
     with pytest.raises(SystemExit):
         defaults.main(["--settings", wrong])
