@@ -49,9 +49,15 @@ def test_the_options_shown_are_taken_and_the_picture_is_drawn(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    given = {"model": model, "optimizer": optimizer, "example_inputs": torch.randn(1, 6), "ema": AveragedModel(model)}
+    given = {
+        "model": model,
+        "optimizer": optimizer,
+        "example_inputs": torch.randn(1, 6),
+        "ema": AveragedModel(model),
+        "accuracy": [98.0],
+    }
     exec("from kfac_flat import NeuronPruner\n" + code_blocks()[2], given)
-    assert (tmp_path / "widths.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"widths.png", "run.html"}
 
 
 def test_the_two_commands_stand_there_to_the_letter() -> None:
