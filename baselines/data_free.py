@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from kfac_flat import CutError, NeuronPruner, PruneReport
 from kfac_flat.changes import Change
 from kfac_flat.distributed import Agreement
+from kfac_flat.nested import largest_difference
 from kfac_flat.pruning import layers
 from kfac_flat.pruning.graph import kept_without
-from kfac_flat.structure import Kept
+from kfac_flat.structure import Kept, structural_copy
 
 # Neurons of a layer go in the order of their merges, so that scores rise by more than rounding could take away again.
 _LEAST, _STEP = 1e-200, 1 + 1e-9
@@ -105,6 +106,11 @@ class DataFreePruner(NeuronPruner):
     become one, the layers that read them read i by the sum of both weights. Saliencies of different layers are bounds
     on changes in different places; ``normalize`` or ``ranking="layer"`` puts them on one scale.
 
+    Behind an activation with f(ax) = a f(x) for a > 0, ReLU for one, two neurons do the same work already if one's
+    incoming weights are a multiple of the other's. With ``homogeneous``, neurons are compared with incoming weights and
+    bias scaled to length one and the outgoing weights by the inverse, which leaves the network's function as it is; of
+    neurons i and j of lengths l_i and l_j, c_j l_j / l_i is added to c_i [section 3.3].
+
     Neurons of a Linear layer take part where nothing but element-wise functions lies between them and the Linear layers
     that read them; all others stay. No optimizer step is needed before a removal.
 
@@ -114,11 +120,13 @@ class DataFreePruner(NeuronPruner):
         example_inputs: What the model is called with.
         cut_off: Whether neurons stay whose saliency lies above the mode of their layer's (``cut_off`` in this module),
             so that ``target`` is no more than a bound.
+        homogeneous: Whether neurons are compared by the direction of their weights alone.
         options: Options of NeuronPruner; ``keep_removed`` is not among them, since a merge is not undone by putting
             the neuron back.
 
     Raises:
-        ValueError: as NeuronPruner does, or if ``keep_removed`` is asked for.
+        ValueError: as NeuronPruner does, or if ``keep_removed`` is asked for, or ``homogeneous`` where the output on
+            ``example_inputs`` changes when neurons are scaled and read by the inverse.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -135,12 +143,21 @@ class DataFreePruner(NeuronPruner):
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, example_inputs: Any, *, cut_off: bool = False, **options: Any
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        example_inputs: Any,
+        *,
+        cut_off: bool = False,
+        homogeneous: bool = False,
+        **options: Any,
     ) -> None:
         if options.pop("keep_removed", False):
             raise ValueError("neurons that have been merged cannot be put back: leave keep_removed=False")
-        self._stops = cut_off
+        self._stops, self._homogeneous = cut_off, homogeneous
         super().__init__(model, optimizer, example_inputs, **options)
+        if homogeneous:
+            self._check_homogeneous(example_inputs)
 
     def _scores(self) -> list[float]:
         scores = torch.full((len(self._groups.ids),), math.inf, dtype=torch.float64)
@@ -179,10 +196,13 @@ class DataFreePruner(NeuronPruner):
         for merge in sequence:
             heirs[heirs == merge.removed] = merge.into
         for model in (self._model, *self._copies):
+            lengths = self._lengths(_incoming(model, name))
+            shares = lengths[lost] / lengths[heirs[lost]]
             for reader in readers:
                 weight, columns = _linear(model, reader).weight, self._columns(name, reader)
+                left = weight.detach()[:, columns[lost]] * shares.to(weight)
                 inherited = torch.zeros_like(weight, requires_grad=False)
-                inherited.index_add_(1, columns[heirs[lost]].to(weight.device), weight.detach()[:, columns[lost]])
+                inherited.index_add_(1, columns[heirs[lost]].to(weight.device), left)
                 yield _adding(weight, inherited[kept[reader].outputs][:, kept[reader].inputs])
 
     def _mergeable(self) -> Iterator[tuple[str, list[str]]]:
@@ -216,10 +236,33 @@ class DataFreePruner(NeuronPruner):
 
     def _weights(self, name: str, readers: list[str]) -> tuple[Tensor, Tensor]:
         """Incoming weights with the bias appended, ``[n, C_in + 1]``, and outgoing ones, ``[n, outputs]``; float64."""
-        layer = _linear(self._model, name)
-        incoming = layer.weight if layer.bias is None else torch.cat([layer.weight, layer.bias[:, None]], 1)
+        incoming = _incoming(self._model, name)
         read = torch.cat([_linear(self._model, reader).weight[:, self._columns(name, reader)] for reader in readers])
-        return incoming.detach().double(), read.detach().double().T.contiguous()
+        lengths = self._lengths(incoming)[:, None]
+        return incoming / lengths, read.detach().double().T.contiguous() * lengths
+
+    def _lengths(self, incoming: Tensor) -> Tensor:
+        """What neurons are divided by before they are compared, ``[n]``."""
+        lengths = incoming.norm(dim=1) if self._homogeneous else incoming.new_ones(len(incoming))
+        return torch.where(lengths > 0, lengths, 1)
+
+    def _check_homogeneous(self, example_inputs: Any) -> None:
+        """Scale neurons by powers of two, which is exact, and see whether the output stays the same."""
+        before, after = (structural_copy(self._model, lambda t: t.detach().clone()).eval() for _ in range(2))
+        for name, readers in self._mergeable():
+            layer = _linear(after, name)
+            factors = 4.0 ** (torch.arange(len(layer.weight)) % 3 - 1)
+            layer.weight.mul_(factors.to(layer.weight)[:, None])
+            if layer.bias is not None:
+                layer.bias.mul_(factors.to(layer.bias))
+            for reader in readers:
+                weight, columns = _linear(after, reader).weight, self._columns(name, reader)
+                weight[:, columns] /= factors.to(weight)
+        if not largest_difference(*(_called(model, example_inputs) for model in (after, before))) < 1e-4:
+            raise ValueError(
+                "homogeneous=True asks for activations with f(ax) = a f(x) for a > 0, such as ReLU, but the output "
+                "changes when neurons are scaled and read by the inverse: leave homogeneous=False"
+            )
 
     def _why_less(self, scores: list[float]) -> str:
         staying = sum(score == math.inf for score in scores)
@@ -232,6 +275,21 @@ class DataFreePruner(NeuronPruner):
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     return model.get_submodule(name)  # type: ignore[return-value]
+
+
+def _incoming(model: nn.Module, name: str) -> Tensor:
+    """A layer's weights with the bias appended, ``[n, C_in + 1]``; float64."""
+    layer = _linear(model, name)
+    weights = layer.weight if layer.bias is None else torch.cat([layer.weight, layer.bias[:, None]], 1)
+    return weights.detach().double()
+
+
+@torch.no_grad()
+def _called(model: nn.Module, example_inputs: Any) -> Any:
+    """What the model makes of a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(example_inputs, dict):
+        return model(**example_inputs)
+    return model(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
 
 
 def _adding(weight: Tensor, inherited: Tensor) -> Change:

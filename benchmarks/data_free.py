@@ -1,9 +1,15 @@
 """Data-free pruning on MNIST: how many parameters go at what loss of accuracy, with no data and no training.
 
 Published [Srinivas & Babu, arXiv 1507.06149]: about 85 % of the parameters of a LeNet-like network. Here both LeNets
-are trained with SGD, once per seed and weight decay, and each trained network is pruned to every share, and to the
-automatic cut-off, by :class:`baselines.DataFreePruner`; and to every share in the same layers by magnitude, for
-comparison. Nothing is trained afterwards. Convolutions stay.
+are trained with SGD, once per seed, weight decay and factor of the initial weights, and each trained network is pruned
+to every share by :class:`baselines.DataFreePruner`, with neurons compared as they are and by their directions, and to
+the automatic cut-off; and to every share in the same layers by magnitude, for comparison. Nothing is trained
+afterwards. Convolutions stay.
+
+What can be merged is what training has made alike. A neuron keeps the random numbers that it began with unless weight
+decay takes them away, so that a network trained in a few epochs from torch's usual initial weights has few neurons
+alike; one whose Linear layers start from a tenth of these has many. ``--held-out`` measures on the last of the training
+images instead of the test images, for settings to be chosen by.
 
 Run it with ``python -m benchmarks.data_free --data-root DATA`` (``pip install -e ".[benchmark,examples]"``), DATA being
 the folder with MNIST/raw/, as torchvision reads it; ``--help`` tells the options.
@@ -36,7 +42,8 @@ from examples.digits import Images, whole
 from examples.torchvision_models import datasets
 from kfac_flat import NeuronPruner
 
-DENSE, CUT_OFF = "dense", "cut-off"
+DENSE, CUT_OFF, DIRECTIONS = "dense", "cut-off", "data-free, directions"
+RECIPE = ("weight_decay", "initial")
 
 
 def lenet_300_100() -> nn.Module:
@@ -64,10 +71,24 @@ def load(root: Path, train: bool, count: int | None) -> Images:
     return Images(data.data[:count].unsqueeze(1).float() / 255, data.targets[:count])
 
 
-def trained(network: str, images: Images, epochs: int, weight_decay: float, seed: int) -> nn.Module:
-    """Train a network."""
+def split(images: Images, held_out: int) -> tuple[Images, Images]:
+    """Part the last so many images from the others."""
+    count = len(images.labels) - held_out
+    first, last = (Images(images.images[part], images.labels[part]) for part in (slice(count), slice(count, None)))
+    return first, last
+
+
+def trained(
+    network: str, images: Images, epochs: int, weight_decay: float, seed: int, initial: float = 1.0
+) -> nn.Module:
+    """Train a network whose Linear layers start from ``initial`` times torch's usual weights."""
     torch.manual_seed(seed)
     model, generator = NETWORKS[network](), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in (
+            p for module in model.modules() if isinstance(module, nn.Linear) for p in module.parameters()
+        ):
+            parameter.mul_(initial)
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=weight_decay)
     scheduler = OneCycleLR(optimizer, max_lr=0.05, total_steps=epochs * (len(images.labels) // 128))
     for _ in range(epochs):
@@ -114,6 +135,7 @@ def measure(model: nn.Module, test: Images, shares: Sequence[float]) -> list[dic
 
     for share in shares:
         prune("data-free", DataFreePruner, share)
+        prune(DIRECTIONS, DataFreePruner, share, homogeneous=True)
         prune("magnitude", MagnitudePruner, share)
     prune(CUT_OFF, DataFreePruner, max(shares), cut_off=True)
     return runs
@@ -123,23 +145,29 @@ def measure(model: nn.Module, test: Images, shares: Sequence[float]) -> list[dic
 
 
 def table(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """Lay out one row per network, weight decay, method and share: mean and standard deviation over the seeds."""
+    """Lay out one row per network, recipe, method and share: mean and standard deviation over the seeds."""
     laid_out = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     laid_out.add_column("network", no_wrap=True)
-    laid_out.add_column("weight decay", justify="right", no_wrap=True)
+    for heading in ("weight decay", "initial weights"):
+        laid_out.add_column(heading, justify="right", no_wrap=True)
     laid_out.add_column("method", no_wrap=True)
     for heading in ("parameters removed\n%", "test accuracy\n%", "change\npoints"):
         laid_out.add_column(heading, justify="right", no_wrap=True)
     for network, runs in results.items():
-        dense = {(run["weight_decay"], run["seed"]): run["accuracy"] for run in runs if run["method"] == DENSE}
-        kinds = ("weight_decay", "method", "share")
+        kinds = (*RECIPE, "method", "share")
+        dense = {start_of(run): run["accuracy"] for run in runs if run["method"] == DENSE}
         for kind in dict.fromkeys(tuple(run[what] for what in kinds) for run in runs):
             own = [run for run in runs if tuple(run[what] for what in kinds) == kind]
             removed = spread([100 * run["removed"] for run in own], "{:.1f}")
-            change = spread([run["accuracy"] - dense[run["weight_decay"], run["seed"]] for run in own], "{:+.2f}")
+            change = spread([run["accuracy"] - dense[start_of(run)] for run in own], "{:+.2f}")
             accuracies = spread([run["accuracy"] for run in own])
-            laid_out.add_row(network, f"{kind[0]:g}", str(kind[1]), removed, accuracies, change)
+            laid_out.add_row(network, f"{kind[0]:g}", f"x {kind[1]:g}", str(kind[2]), removed, accuracies, change)
     return laid_out
+
+
+def start_of(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what tells of which trained network a run is."""
+    return tuple(run[name] for name in (*RECIPE, "seed"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -148,17 +176,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    data, test = load(options.data_root, True, options.images), load(options.data_root, False, options.images)
+    data = load(options.data_root, True, options.images)
+    if options.held_out:
+        data, test = split(data, options.held_out)
+    else:
+        test = load(options.data_root, False, options.images)
     results: dict[str, list[dict[str, Any]]] = {}
     start = time.perf_counter()
     with progress_bar(console) as progress:
-        tasks = list(itertools.product(options.networks, options.weight_decays, options.seeds))
+        tasks = list(itertools.product(options.networks, options.weight_decays, options.initials, options.seeds))
         task = progress.add_task("", total=len(tasks))
-        for network, weight_decay, seed in tasks:
-            progress.update(task, description=f"{network}, weight decay {weight_decay:g}")
-            model = trained(network, data, options.epochs or EPOCHS[network], weight_decay, seed)
+        for network, weight_decay, initial, seed in tasks:
+            progress.update(task, description=f"{network}, weight decay {weight_decay:g}, initial x {initial:g}")
+            model = trained(network, data, options.epochs or EPOCHS[network], weight_decay, seed, initial)
             runs = measure(model, test, options.shares)
-            about = {"weight_decay": weight_decay, "seed": seed}
+            about = {"weight_decay": weight_decay, "initial": initial, "seed": seed}
             results.setdefault(network, []).extend(about | run for run in runs)
             progress.advance(task)
     found = {"seconds": round(time.perf_counter() - start), "networks": results}
@@ -181,6 +213,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="repetitions")
     parser.add_argument("--epochs", type=whole(1), help="of training; each network has its own unless given")
     parser.add_argument("--weight-decays", nargs="+", type=float, default=[5e-4, 5e-3], help="in training")
+    parser.add_argument("--initials", nargs="+", type=float, default=[1.0], help="factors of Linears' initial weights")
+    parser.add_argument("--held-out", type=whole(1), help="measure on the last so many training images instead")
     parser.add_argument("--images", type=whole(1), help="use only the first so many of each part")
     parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data_free"), help="folder for results")

@@ -1,10 +1,11 @@
 """EigenDamage against pruning in parameter coordinates: C-OBD, C-OBS, Kron-OBD and Kron-OBS, at equal parameters.
 
-The comparison of Wang et al. [arXiv 1905.05934] at reduced scale: a narrow VGG and a narrow wide-ResNet with BatchNorm
-are trained on CIFAR-10 at 16 x 16 pixels (the first 10,000 training and 2,000 test images, see
-:mod:`benchmarks.policy`), lose a share ``level`` of their parameters in one pass or in three, and are fine-tuned. All
-methods start from the same trained network, read the Fisher on the same images, and see the same batches afterwards; a
-layer loses at most 95 % of its neurons or directions in a single pass, and half of what it has in each of three.
+The comparison of Wang et al. [arXiv 1905.05934] at reduced scale: a narrow VGG, a ResNet of four blocks, and their wide
+ResNet-32 at a fraction of its width, are trained on CIFAR-10 at 16 x 16 pixels (the first 10,000 training and 2,000
+test images, see :mod:`benchmarks.policy`), lose a share ``level`` of their parameters in one pass or in three, and are
+fine-tuned. All methods start from the same trained network, read the Fisher on the same images, and see the same
+batches afterwards; a layer loses at most 95 % of its neurons or directions in a single pass, and half of what it has in
+each of three.
 
 Each run adds a line to ``runs.jsonl``; runs that are there already are not repeated, so the command can be stopped and
 given again. Run it with ``python -m benchmarks.eigendamage --data-root DATA`` (``pip install -e
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from statistics import mean
@@ -35,7 +36,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from baselines import ChannelOBDPruner, ChannelOBSPruner, EigenDamagePruner, KronOBDPruner, KronOBSPruner
 from benchmarks.images import load_small_cifar
-from benchmarks.networks import CifarNet
+from benchmarks.networks import CifarNet, cifar_resnet
 from benchmarks.policy import by_seed
 from benchmarks.records import Record, circumstances, command_line, how_made, make_missing, read_records, spread
 from examples import digits
@@ -72,7 +73,7 @@ def resnet(width: int) -> nn.Module:
     return CifarNet((width, width, width, 2 * width, 4 * width), stride=2)
 
 
-NETWORKS: dict[str, Callable[[int], nn.Module]] = {"vgg": vgg, "resnet": resnet}
+NETWORKS: dict[str, Callable[[int], nn.Module]] = {"vgg": vgg, "resnet": resnet, "wrn32": partial(cifar_resnet, 32)}
 
 
 # ---------------------------------------------------------------- one run

@@ -161,6 +161,73 @@ def test_layers_of_one_event_are_merged_each_on_what_the_other_lost() -> None:
         assert torch.allclose(model[reader].weight, expected[rows] if reader == 2 else expected)
 
 
+# -------------------------------------------------------------------------------------------------- directions alone
+
+
+def directions(model: nn.Sequential) -> tuple[Tensor, Tensor, Tensor]:
+    """Lengths of a first layer's neurons, the neurons of length one, and what reads them, so that nothing changes."""
+    w = torch.cat([model[0].weight, model[0].bias[:, None]], 1).detach()
+    lengths = torch.tensor([math.sqrt(sum(a * a for a in row)) for row in w.tolist()], dtype=torch.float64)
+    return lengths, w / lengths[:, None], model[2].weight.detach().T * lengths[:, None]
+
+
+@settings(max_examples=12)
+@given(seed=st.integers(0, 10**6), gone=st.integers(1, 7), activation=st.sampled_from([nn.ReLU, nn.LeakyReLU]))
+def test_homogeneous_merging_is_plain_merging_in_the_network_whose_neurons_have_length_one(
+    seed: int, gone: int, activation: type[nn.Module]
+) -> None:
+    model = net(4, 8, 3, seed=seed)
+    model[1] = activation()
+    x = torch.randn(20, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    _, incoming, outgoing = directions(model)
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        scaled[0].weight.copy_(incoming[:, :-1])
+        scaled[0].bias.copy_(incoming[:, -1])
+        scaled[2].weight.copy_(outgoing.T)
+    assert torch.allclose(scaled(x), model(x))
+    expected = pruner_of(scaled, x[:1], target=gone / 8).step()
+    report = pruner_of(model, x[:1], target=gone / 8, homogeneous=True).step()
+    assert report.removed["0"].tolist() == expected.removed["0"].tolist()
+    assert torch.allclose(model(x), scaled(x), rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=8)
+@given(seed=st.integers(0, 10**6), copies=st.integers(1, 5))
+def test_neurons_that_are_multiples_of_others_go_and_nothing_changes(seed: int, copies: int) -> None:
+    model, generator = net(4, 8, 7, 3, seed=seed), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer, n in ((model[0], 8), (model[2], 7)):
+            for j in range(n - copies, n):
+                i = int(torch.randint(n - copies, (), generator=generator))
+                factor = 0.1 + 3 * float(torch.rand((), generator=generator))
+                layer.weight[j], layer.bias[j] = factor * layer.weight[i], factor * layer.bias[i]
+    x = torch.randn(10, 4, generator=generator, dtype=torch.float64)
+    before, average = model(x).detach(), torch.optim.swa_utils.AveragedModel(model)
+    report = pruner_of(model, x[:1], target=2 * copies / 15, homogeneous=True, copies=[average]).step()
+    assert report.widths_after == {"0": 8 - copies, "2": 7 - copies, "4": 3}
+    assert torch.allclose(model(x), before, rtol=1e-10, atol=1e-12)
+    assert torch.allclose(average(x), before, rtol=1e-10, atol=1e-12)
+
+
+def test_neurons_without_weights_have_no_direction_and_go_first() -> None:
+    model, x = net(4, 8, 3), torch.randn(10, 4).double()
+    with torch.no_grad():
+        model[0].weight[2:4], model[0].bias[2:4] = 0.0, 0.0
+    before = model(x).detach()
+    report = pruner_of(model, x[:1], target=1 / 8, homogeneous=True).step()
+    assert report.removed["0"].tolist() in ([2], [3])
+    assert torch.allclose(model(x), before, rtol=1e-10)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU, nn.ReLU6])
+def test_directions_alone_are_refused_where_the_length_matters(activation: type[nn.Module]) -> None:
+    model = net(4, 8, 3)
+    model[1] = activation()
+    with pytest.raises(ValueError, match="leave homogeneous=False"):
+        pruner_of(model, 10 * torch.ones(1, 4).double(), homogeneous=True)
+
+
 # -------------------------------------------------------------------------------------------------- which layers
 
 

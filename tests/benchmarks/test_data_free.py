@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks import data_free
-from benchmarks.data_free import NETWORKS, measure, table
+from benchmarks.data_free import NETWORKS, measure, split, table, trained
 from examples.digits import Images
 
 COUNT = 512
@@ -55,11 +55,12 @@ def test_all_is_written_down_with_its_circumstances_but_where_the_data_lie(
     assert written["command"].startswith("python -m benchmarks.data_free --data-root DATA --networks lenet-300-100")
     assert "private" not in (tmp_path / "mnist.json").read_text() + (tmp_path / "mnist.txt").read_text()
     runs = written["networks"]["lenet-300-100"]
-    assert len(runs) == 2 * 6
-    assert [run["method"] for run in runs[:6]] == ["dense", *["data-free", "magnitude"] * 2, "cut-off"]
+    assert len(runs) == 2 * 8
+    pruned = ["data-free", "data-free, directions", "magnitude"]
+    assert [run["method"] for run in runs[:8]] == ["dense", *pruned * 2, "cut-off"]
     for run in runs:
         assert 15 < run["accuracy"] <= 100
-        if run["method"] in ("data-free", "magnitude"):
+        if run["method"] in pruned:
             assert run["removed"] == pytest.approx(run["share"], abs=0.01)
     assert written["hardware"]["threads"] == 1
     assert "lenet-300-100" in capsys.readouterr().out
@@ -83,6 +84,7 @@ def test_changes_are_taken_seed_by_seed() -> None:
     def run(seed: int, method: str, share: float, accuracy: float) -> dict[str, Any]:
         return {
             "weight_decay": 0.001,
+            "initial": 1.0,
             "seed": seed,
             "method": method,
             "share": share,
@@ -92,6 +94,21 @@ def test_changes_are_taken_seed_by_seed() -> None:
 
     runs = [run(0, "dense", 0, 90), run(0, "data-free", 0.5, 89), run(1, "dense", 0, 80), run(1, "data-free", 0.5, 78)]
     columns = [list(column.cells) for column in table({"net": runs}).columns]
-    assert columns[2] == ["dense", "data-free"]
-    assert columns[3][1] == "50.0 ± 0.0"
-    assert columns[5] == ["+0.00 ± 0.00", "-1.50 ± 0.71"]
+    assert columns[3] == ["dense", "data-free"]
+    assert columns[4][1] == "50.0 ± 0.0"
+    assert columns[6] == ["+0.00 ± 0.00", "-1.50 ± 0.71"]
+
+
+def test_held_out_images_are_the_last_of_the_training_images_and_not_trained_on() -> None:
+    images = Images(torch.arange(10.0), torch.arange(10))
+    first, last = split(images, 3)
+    assert first.labels.tolist() == first.images.tolist() == list(range(7))
+    assert last.labels.tolist() == last.images.tolist() == [7, 8, 9]
+
+
+def test_linear_layers_start_from_a_multiple_of_the_usual_weights_and_convolutions_do_not() -> None:
+    images = Images(torch.rand(128, 1, 28, 28), torch.zeros(128).long())
+    usual, small = (trained("lenet-5", images, 1, 0.0, 0, initial) for initial in (1.0, 0.0))
+    assert torch.allclose(usual[0].weight, small[0].weight, atol=0.05)
+    assert usual[5].weight.norm() > 10
+    assert small[5].weight.norm() < 0.1
