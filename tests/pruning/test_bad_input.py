@@ -102,6 +102,23 @@ def test_a_single_example_will_do(name: str) -> None:
     model.train()(inputs)
 
 
+class Transposed(nn.Module):
+    """A layer of its own class, with its weight the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_a_model_without_neurons_is_refused_with_the_layers_that_have_no_rule() -> None:
+    model = nn.Sequential(Transposed(), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"no neurons to remove.*\n  2: forms .*\n  0: Transposed has no rule"):
+        build(model)
+
+
 def test_a_target_that_cannot_be_reached_is_refused_with_the_layers_that_stand_in_its_way() -> None:
     with pytest.raises(ValueError, match=r"target=0\.9 cannot be reached: 4 of .*'s 8.*\n  2: forms the model's"):
         build(target=0.9, min_neurons=4)
