@@ -19,7 +19,7 @@ from kfac_flat.pruning import layers, rules
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.groups import Groups
 from kfac_flat.pruning.ids import FIXED, components, fixed, membership, narrowed
-from kfac_flat.pruning.propagation import OUTPUT_REASON, FailedAtError, Propagation
+from kfac_flat.pruning.propagation import OUTPUT_REASON, FailedAtError, Propagation, described
 from kfac_flat.pruning.report import Size
 from kfac_flat.pruning.rules import Place
 from kfac_flat.pruning.surgery import Surgery
@@ -189,9 +189,8 @@ class NeuronGraph:
             small.opaque = dense.opaque
             for i, (a, b) in enumerate(zip(dense.graph.nodes, small.graph.nodes, strict=False)):
                 if (a.op, a.target) != (b.op, b.target):
-                    raise FailedAtError(
-                        (training, i), f"{a.target} is reached or not depending on the number of neurons"
-                    )
+                    call = described(a, dict(pruned.named_modules()))
+                    raise FailedAtError((training, i), f"{call} is reached or not depending on the number of neurons")
             ran = self._run(pruned, small, _Verification(channels), self._numbers, counts=counts and not training)
             macs = ran.flops // (2 * self.inputs.batch_size)  # eval mode comes last
         return macs

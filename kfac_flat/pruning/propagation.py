@@ -70,11 +70,11 @@ class Propagation(DryRun):
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
             cut = self._expected is not None and n.target in rules.SIZED
             advice = "; a size worked out from another layer's width cannot follow a cut, -1 can" if cut else ""
-            raise FailedAtError(self._places[n], f"{self._describe(n)} fails: {error}{advice}") from error
+            raise FailedAtError(self._places[n], f"{described(n, self.submodules)} fails: {error}{advice}") from error
         try:
             self._ids[n] = self._follow(n, result)
         except CutError as error:
-            raise FailedAtError(self._places[n], f"{self._describe(n)}: {error}") from error
+            raise FailedAtError(self._places[n], f"{described(n, self.submodules)}: {error}") from error
         self._notice_changed_shapes(n)
         return result
 
@@ -104,7 +104,7 @@ class Propagation(DryRun):
         try:
             return self._apply_rule(n, args, kwargs, result)
         except rules.NoRuleError as error:
-            self._freeze((args, kwargs), f"{self._describe(n)} {error}")
+            self._freeze((args, kwargs), f"{described(n, self.submodules)} {error}")
             return map_tensors(lambda t: fixed(t.shape), result)
 
     def _why_stuck(self, n: fx.Node) -> str | None:
@@ -190,7 +190,7 @@ class Propagation(DryRun):
         for source in n.all_input_nodes:
             value, ids = self.env.get(source), self._ids[source]
             if isinstance(value, Tensor) and isinstance(ids, Tensor) and value.shape != ids.shape:
-                self._freeze(ids, f"{self._describe(n)} changes the shape of its input in place")
+                self._freeze(ids, f"{described(n, self.submodules)} changes the shape of its input in place")
                 self._ids[source] = fixed(value.shape)
 
     def _sources(self, n: fx.Node) -> Iterator[Tensor]:
@@ -205,11 +205,12 @@ class Propagation(DryRun):
         for ids in tensors(values):
             self._table.freeze(ids, reason)
 
-    def _describe(self, n: fx.Node) -> str:
-        """Name an operation as its author would."""
-        if n.op == "call_module":
-            return f"{n.target} ({type(self.submodules[str(n.target)]).__name__})"
-        return f"{n.target if isinstance(n.target, str) else getattr(n.target, '__name__', n.target)}()"
+
+def described(n: fx.Node, submodules: Mapping[str, nn.Module]) -> str:
+    """Name an operation as its author would."""
+    if n.op == "call_module":
+        return f"{n.target} ({type(submodules[str(n.target)]).__name__})"
+    return f"{n.target if isinstance(n.target, str) else getattr(n.target, '__name__', n.target)}()"
 
 
 def _any_tensor(value: Any) -> bool:

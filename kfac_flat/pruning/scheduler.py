@@ -448,14 +448,15 @@ class NeuronPruner:
     def _check_reachable(self) -> None:
         """Refuse a target that no cut can reach, rather than stop short of it after hours."""
         left, options = self._left, self._options
+        frozen = "".join(f"\n  {name}: {reason}" for name, reason in self.frozen.items())
         if not left.size.neurons:
             raise ValueError(
-                "the model has no neurons to remove: no Linear or convolution but those that form its output"
+                "the model has no neurons to remove: no Linear or convolution but those that form its output. "
+                f"Layers that cannot lose neurons:{frozen}"
             )
         most = left.fewest([0.0] * len(left.groups.ids), 0.0, replace(options, max_step=1.0))
         every, least = options.amount(left.size), left.amount_without(most)
         if least > every * (1 - options.target + ROUNDING):
-            frozen = "".join(f"\n  {name}: {reason}" for name, reason in self.frozen.items())
             found = (
                 f"a call takes {1e6 * every:,.3g} microseconds, and {1e6 * least:,.3g} where all goes that can"
                 if options.times

@@ -162,8 +162,10 @@ def trace(
         keeps_shape: Tells calls that return their first argument changed in nothing but its numbers.
 
     Raises:
-        ValueError: if the model's own forward cannot be traced, saying what to do instead.
+        ValueError: if the model does not take these inputs, or its own forward cannot be traced, saying what to do
+            instead.
     """
+    inputs.arguments(bare.forward)  # before tracing, whose failures are blamed on the code
     opaque: dict[str, str] = {}
     programs: dict[bool, Program] = {}
     while len(programs) < 2:

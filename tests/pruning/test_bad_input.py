@@ -83,8 +83,8 @@ def test_an_optimizer_over_another_models_parameters_is_refused_with_advice(kfac
         (torch.randn(2, 5), r"does not run on example_inputs: 0 \(Linear\).*Give what the model is called with"),
         (torch.randn(2, 3, 4, 5), r"does not run on example_inputs"),
         ("text", r"does not run on example_inputs"),
-        ((), r"example_inputs do not fit the model's arguments .*missing a required argument"),
-        ({"x": torch.randn(2, 4)}, r"example_inputs do not fit the model's arguments .*missing a required argument"),
+        ((), r"^example_inputs do not fit the model's arguments .*missing a required argument"),
+        ({"x": torch.randn(2, 4)}, r"^example_inputs do not fit the model's arguments .*missing a required argument"),
         ((torch.randn(2, 4), torch.randn(2, 4)), r"example_inputs"),
         ({"input": torch.randn(2, 4), "mask": torch.randn(2, 4)}, r"example_inputs.*mask"),
     ],
@@ -100,6 +100,23 @@ def test_a_single_example_will_do(name: str) -> None:
     pruner = pruner_for(model, inputs[:1])
     prune_at_random(pruner, model)
     model.train()(inputs)
+
+
+class Transposed(nn.Module):
+    """A layer of its own class, with its weight the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_a_model_without_neurons_is_refused_with_the_layers_that_have_no_rule() -> None:
+    model = nn.Sequential(Transposed(), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"no neurons to remove.*\n  2: forms .*\n  0: Transposed has no rule"):
+        build(model)
 
 
 def test_a_target_that_cannot_be_reached_is_refused_with_the_layers_that_stand_in_its_way() -> None:

@@ -308,7 +308,10 @@ REFUSED: dict[str, tuple[Case, dict[str, str] | None]] = {
     "variance_pooled": (Case(convs(variance_pooled), images), None),
     "pooled_by_axis": (Case(convs(pooled_by_axis), images), None),
     "reshaped_in_place": (Case(linears(reshaped_in_place), vectors), None),
-    "branching_on_width": (Case(convs(branching_on_width), images), {"a": "is reached or not depending on the number"}),
+    "branching_on_width": (
+        Case(convs(branching_on_width), images),
+        {"a": "relu() is reached or not depending"},
+    ),
     "tied_to_its_transpose": (
         Case(tied_to_its_transpose, images),
         {"2": "4 and 2 share a parameter", "4": "4 and 2 share a parameter"},
