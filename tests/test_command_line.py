@@ -130,6 +130,10 @@ def test_the_page_says_what_is_printed(capsys: pytest.CaptureFixture[str], tmp_p
     assert root.table("Groups of channels.*") == {"layers.0": ["20"], "layers.1": ["20"]}
     tiles = root.one(class_="tiles").all("div")
     assert [tile.one("b").text for tile in tiles] == [rows(text)[what][0] for what in ("neurons", "parameters", "MACs")]
+    for tile, what in zip(tiles, ("neurons", "parameters", "MACs"), strict=True):
+        now, even, least = (number.replace(",", "") for number in rows(text)[what])
+        assert tile.one("i").attributes["style"] == f"width:{100 * int(least) / int(now):.4g}%"
+        assert tile.one("dd").text.replace(",", "") == f"{now}{even} at 50% {least} at least"
     assert re.search(r"\S+% of the parameters are in tensors that can shrink", text)[0] in root.one("header").text
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks import accuracy, tasks
 from benchmarks.execution import Execution
-from benchmarks.methods import METHODS, in_parameters
+from benchmarks.methods import METHODS, in_neurons, in_parameters
 from benchmarks.networks import torchvision_net
 from benchmarks.pretrained import Weights, load_body, starting_from
 from benchmarks.records import identity, read_records
@@ -319,6 +319,13 @@ def test_a_budget_of_its_own_makes_runs_of_their_own_and_dense_ones_belong_to_al
     assert (new["budget"], new["sparsity"]) == ("macs", 0.5)
     dense = accuracy.measured(DigitsNet(4), torch.ones(1, 1, 8, 8))[0].macs
     assert 0.3 * dense < new["macs"] <= 0.5 * dense
+
+
+def test_the_neurons_that_go_with_multiply_accumulates_are_those_of_a_network_as_much_narrower() -> None:
+    wide, narrow, example = DigitsNet(16), DigitsNet(8), torch.ones(1, 1, 8, 8)
+    share = 1 - accuracy.measured(narrow, example)[0].macs / accuracy.measured(wide, example)[0].macs
+    assert in_neurons(wide, example, share, "macs") == pytest.approx(DENSE / 4, abs=4)
+    assert in_neurons(wide, example, share, "neurons") == round(share * DENSE / 2)
 
 
 def test_single_neurons_become_as_many_equal_shares_of_multiply_accumulates() -> None:
