@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from benchmarks import accuracy, flatness
 from benchmarks.records import read_records
 from benchmarks.tasks import TASKS
+from benchmarks.training import Trained
 from examples.digits import DigitsNet, Images
 from kfac_flat import spectral_radii
 from tests.benchmarks.test_report import CIRCUMSTANCES
@@ -100,6 +101,20 @@ def test_each_measure_is_of_the_images_and_the_noise_that_it_is_named_for(monkey
     assert len(set(record["accuracy_under_noise"].values())) > 1
 
 
+def test_the_accuracy_of_a_run_is_that_on_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flatness, "flatness", lambda *_: {})
+    train_set, test_set = (Images(torch.ones(n, 4), torch.zeros(n, dtype=torch.long)) for n in (6, 4))
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
+    with torch.no_grad():
+        model[1].bias.copy_(torch.tensor([90.0, -90.0]))
+    test_set.labels[0] = 1
+    assert flatness.found(Trained(model, 1.5, 0.0), (train_set, test_set)) == {
+        "accuracy": 75.0,
+        "seconds": 1.5,
+        "neurons": 5,
+    }
+
+
 def test_the_page_has_each_number_in_its_column_and_a_curve_from_no_noise_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +163,7 @@ def test_runs_are_written_down_once_and_the_page_tells_of_them(tmp_path: Path, m
     assert {r["neurons"] for r in runs if not r["sparsity"]} == {36}
     dense = [r for r in runs if not r["sparsity"]]
     assert all(r["hessian"] > 0 and r["relative_hessian"] > 0 and r["rho"] > 0 for r in dense)
+    assert len({r["hessian"] for r in dense if r["method"] == "theta"}) == 2, "each seed has a network of its own"
     assert runs[0]["accuracy_under_noise"].keys() == {"0.1", "0.2", "0.3", "0.4"}
     flatness.main([*usual, "--method", "theta"])
     assert read_records(tmp_path / "digits.jsonl") == runs
