@@ -130,6 +130,10 @@ def test_the_page_says_what_is_printed(capsys: pytest.CaptureFixture[str], tmp_p
     assert root.table("Groups of channels.*") == {"layers.0": ["20"], "layers.1": ["20"]}
     tiles = root.one(class_="tiles").all("div")
     assert [tile.one("b").text for tile in tiles] == [rows(text)[what][0] for what in ("neurons", "parameters", "MACs")]
+    for tile, what in zip(tiles, ("neurons", "parameters", "MACs"), strict=True):
+        now, even, least = (number.replace(",", "") for number in rows(text)[what])
+        assert tile.one("i").attributes["style"] == f"width:{100 * int(least) / int(now):.4g}%"
+        assert tile.one("dd").text.replace(",", "") == f"{now}{even} at 50% {least} at least"
     assert re.search(r"\S+% of the parameters are in tensors that can shrink", text)[0] in root.one("header").text
 
 
@@ -177,8 +181,8 @@ def test_models_that_are_not_there_are_refused(capsys: pytest.CaptureFixture[str
             ["1,7"],
             r"with --input 1,7: the model does not run on example_inputs: layers.0 \(Linear\) fails: .*\. Give what",
         ),
-        (["1,6", "1,6"], r"hold more arguments than the model takes"),
-        (["y=1,6"], r"lack the model's argument 'x'"),
+        (["1,6", "1,6"], r"example_inputs do not fit the model's arguments .*: too many positional arguments"),
+        (["y=1,6"], r"example_inputs do not fit the model's arguments .*: missing a required argument: 'x'"),
         (["1,a"], r"--input 1,a: write the sizes of the tensor"),
         (["1,0"], r"--input 1,0: write the sizes of the tensor, whole numbers from 1"),
         (["1,-6"], r"write the sizes of the tensor"),

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks import accuracy, tasks
 from benchmarks.execution import Execution
-from benchmarks.methods import METHODS, in_parameters
+from benchmarks.methods import METHODS, in_neurons, in_parameters
 from benchmarks.networks import torchvision_net
 from benchmarks.pretrained import Weights, load_body, starting_from
 from benchmarks.records import identity, read_records
@@ -216,6 +216,20 @@ def test_methods_differ_and_the_same_one_repeats_itself(narrow: Any) -> None:
     assert len({json.dumps(run["widths"]) for run in runs[1:]}) == 3
 
 
+def test_the_order_of_the_images_follows_the_seed(narrow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, data = narrow
+    seeds: list[int] = []
+
+    def epoch(self: Task, *args: Any) -> Iterator[None]:
+        seeds.extend(a.initial_seed() for a in args if isinstance(a, torch.Generator))
+        return iter(())
+
+    monkeypatch.setattr(Task, "epoch", epoch)
+    for seed in (3, 5):
+        accuracy.run(task, METHODS["sgd"], 0.0, seed, 1, data)
+    assert seeds == [3, 5]
+
+
 def test_the_dense_network_is_trained_as_the_methods_optimizer_does(narrow: Any) -> None:
     task, data = narrow
     flat, theta, sgd = (accuracy.run(task, METHODS[name], 0.0, 0, 2, data) for name in ("hgnp", "theta", "sgd"))
@@ -321,6 +335,13 @@ def test_a_budget_of_its_own_makes_runs_of_their_own_and_dense_ones_belong_to_al
     assert 0.3 * dense < new["macs"] <= 0.5 * dense
 
 
+def test_the_neurons_that_go_with_multiply_accumulates_are_those_of_a_network_as_much_narrower() -> None:
+    wide, narrow, example = DigitsNet(16), DigitsNet(8), torch.ones(1, 1, 8, 8)
+    share = 1 - accuracy.measured(narrow, example)[0].macs / accuracy.measured(wide, example)[0].macs
+    assert in_neurons(wide, example, share, "macs") == pytest.approx(DENSE / 4, abs=4)
+    assert in_neurons(wide, example, share, "neurons") == round(share * DENSE / 2)
+
+
 def test_single_neurons_become_as_many_equal_shares_of_multiply_accumulates() -> None:
     task, single = TASKS["digits"], METHODS["taylor-one-by-one"].timing
     in_neurons, in_macs = (single(task, 24, 21, 100, budget) for budget in ("neurons", "macs"))
@@ -333,10 +354,20 @@ def test_single_neurons_become_as_many_equal_shares_of_multiply_accumulates() ->
 
 
 @pytest.mark.usefixtures("narrow_digits")
-def test_a_run_compiled_and_in_bfloat16_is_another_run_and_much_the_same(tmp_path: Path) -> None:
+def test_a_run_compiled_and_in_bfloat16_is_another_run_and_much_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, executions = accuracy.run, []
+
+    def watched(*args: Any) -> Any:
+        executions.append(args[-1])
+        return run(*args)
+
+    monkeypatch.setattr(accuracy, "run", watched)
     usual = ["--method", "hgnp", "--sparsity", 0.5, "--epochs", 3]
     command(tmp_path, *usual)
     plain, fast = command(tmp_path, *usual, "--amp", "bf16", "--compile", "eager", "--channels-last")
+    assert executions == [Execution(), Execution("bf16", "eager", channels_last=True)]
     assert (plain["amp"], fast["amp"]) == (None, "bf16")
     assert "--compile eager" in fast["command"]
     assert plain["neurons"] == fast["neurons"]

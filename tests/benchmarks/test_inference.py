@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from benchmarks import inference
+from benchmarks.methods import METHODS
 from benchmarks.records import read_records
 from benchmarks.tasks import TASKS
-from examples.digits import DigitsNet
+from benchmarks.training import Trained
+from examples.digits import DigitsNet, Images
 
 
 def test_networks_take_turns_at_each_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +63,24 @@ def test_a_comparison_is_of_networks_that_lost_nothing_neurons_or_weights(
     assert (run["accuracy"], run["batch_sizes"]) == (neurons["accuracy"], "1 8")
     inference.main(usual)
     assert read_records(tmp_path / "digits.jsonl") == [run]
+
+
+def test_each_network_is_trained_by_its_method_and_measured_on_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, tuple[float, int, int]] = {}
+
+    def train(task: Any, method: Any, sparsity: float, seed: int, epochs: int, *_: Any) -> Trained:
+        name = next(name for name, known in METHODS.items() if known is method)
+        asked[name] = sparsity, seed, epochs
+        return Trained(nn.Linear(4, 2, bias=False), seconds=10.0 ** len(asked), missed=0.0)
+
+    monkeypatch.setattr(inference, "train", train)
+    monkeypatch.setattr(inference, "accuracy", lambda model, data: float(len(data.labels)))
+    data = tuple(Images(torch.ones(n, 4), torch.zeros(n, dtype=torch.long)) for n in (30, 7))
+    record = inference.compare(TASKS["digits"], 0.75, 3, 5, data, (1,), 1)  # type: ignore[arg-type]
+    assert asked == {"sgd": (0.0, 3, 5), "hgnp": (0.75, 3, 5), "weight-magnitude": (0.75, 3, 5)}
+    assert record["seconds"] == 1110.0
+    assert {network["accuracy"] for network in record["networks"].values()} == {7.0}
+    assert {network["macs"] for network in record["networks"].values()} == {8}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.container import BarContainer
+from matplotlib.figure import Figure
 
 from baselines.hybrid import Statistics
 from benchmarks import paper, report
@@ -99,6 +101,9 @@ def test_areas_are_those_over_the_levels_that_all_have_beside_the_thresholds(set
     assert row[2] == f"{taylor:.3f} (+0.00%)"
     # Taylor is better with half of the neurons only: a hybrid would change over between a half and a quarter.
     assert row[4:] == [f"{(0.5 + 0.25) / 2:.3f}", ""]
+    dense = [record("digits", method, 0.0, 0, 99.0) for method in ("taylor", "hybrid")]
+    (with_dense,) = report.settings([*runs(), *dense])
+    assert list(paper.areas([with_dense])) == list(paper.areas([setting])), "dense networks are no part of an area"
 
 
 def test_a_threshold_is_predicted_from_the_other_tasks_alone() -> None:
@@ -130,7 +135,7 @@ def test_the_level_of_an_accuracy_is_the_last_place_where_the_polygon_has_it(
 ) -> None:
     levels = [i / len(accuracies) for i in range(len(accuracies))]
     found = paper.level_at(levels, accuracies, accuracy)
-    fine = np.linspace(levels[0], levels[-1], 2001)
+    fine = np.union1d(np.linspace(levels[0], levels[-1], 2001), levels)
     above = fine[np.interp(fine, levels, accuracies) >= accuracy]
     if found is None:
         assert not len(above)
@@ -147,6 +152,15 @@ def test_at_equal_accuracy_networks_are_compared_by_what_is_left_of_them(setting
     assert table["90% removed"] == ["92.00", "15.0%", "100%", f"{place:.1%}", f"{left:.1%}", f"{left:.1%}"]
 
 
+def test_where_the_other_method_is_never_as_bad_a_bound_is_told() -> None:
+    worse = record("digits", "snip", 0.95, 0, 84.0, parameters=1000, macs=4000, nonzero=100)
+    others = [worse, worse | {"seed": 1, "accuracy": 86.0}, record("digits", "random", 0.99, 0, 10.0)]
+    (setting,) = report.settings([*runs(), *others])
+    table = rows(list(paper.at_equal_accuracy(setting)))
+    assert table["95% removed"] == ["85.00", "10.0%", "100%", "≥ 90.0%", "1.0%", "1.0%"]
+    assert "≥" not in table["90% removed"][3]
+
+
 def test_earlier_runs_that_did_not_count_zeros_leave_a_gap(setting: report.Setting) -> None:
     for run in setting.runs:
         run.pop("nonzero", None)
@@ -158,10 +172,12 @@ def test_earlier_runs_that_did_not_count_zeros_leave_a_gap(setting: report.Setti
 
 def test_training_times_are_seconds_of_an_epoch_for_each_device() -> None:
     other = [r | {"hardware": "GPU", "seconds": 5.0} for r in runs() if r["method"] == "hgnp"]
+    other.append(record("digits", "random", 0.25, 0, 90.0))  # not one of those that are timed
     (setting,) = report.settings([*runs(), *other])
     lines = [line for line in paper.training_times(setting) if "dense" in line]
     assert lines[0] == "| h, 1 threads | dense | 1 (1) |  | 1.2 (1) |  |"
     assert lines[1] == "| GPU, 1 threads | dense |  |  | 0.5 (1) |  |"
+    assert not any("25% removed" in line for line in paper.training_times(setting))
 
 
 def timing(seed: int) -> dict[str, Any]:
@@ -180,6 +196,29 @@ def test_inference_times_are_means_over_turns_and_seeds_beside_the_full_network(
         f"| h, 1 threads | digits, 75% removed | 1 | 2 ± {deviation} (1.00x) | 1 ± 0.577 (2.00x) |"
     )
     assert lines[1].split("|")[3:6] == [" 16 ", " 10 ± 0 (1.00x) ", " 5 ± 0 (2.00x) "]
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_the_ablation_has_bars_of_mean_accuracy_with_deviations_where_all_have_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (setting,) = report.settings([*runs(), record("digits", "hgnp", 0.95, 0, 50.0)])
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    paper.draw_ablation(setting, tmp_path / "ablation.png")
+    (axes,) = figures[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["50% removed", "75% removed", "90% removed"]
+    bars = [c for c in axes.containers if isinstance(c, BarContainer)]
+    assert {b.get_label(): [bar.get_height() for bar in b] for b in bars} == {
+        method: list(CURVES[method]) for method in CURVES if method != "hybrid"
+    }
+    for own in bars:
+        assert own.errorbar is not None
+        (lines,) = own.errorbar.lines[2]
+        lengths = [float(top[1] - bottom[1]) / 2 for bottom, top in lines.get_segments()]
+        assert lengths == pytest.approx([2**0.5] * 3), "of one above and one below the mean"
 
 
 # ---------------------------------------------------------------- the page

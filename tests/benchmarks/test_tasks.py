@@ -276,6 +276,28 @@ def test_cifar_is_read_in_full(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     train, _ = TASKS["cifar10-resnet18"].load(tmp_path)
     assert train.images.shape == (20, 3, 32, 32)
     assert train.images[4, 2, 5, 6].item() == pytest.approx(pixels[4, 5, 6, 2] / 255)
+    assert train.labels.tolist() == [3, 7] * 10
+
+
+def test_the_small_cifar_is_the_first_images_of_each_part_with_means_of_four_pixels(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    parts = {
+        train: np.random.default_rng(train).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+        for train, count in ((True, 10_050), (False, 2_030))
+    }
+
+    def cifar10(root: Path, train: bool) -> SimpleNamespace:
+        return SimpleNamespace(data=parts[train], targets=[i % 10 for i in range(len(parts[train]))])
+
+    monkeypatch.setattr("benchmarks.images.datasets", SimpleNamespace(CIFAR10=cifar10))
+    small, large = (TASKS[name].load(tmp_path) for name in ("cifar10-resnet18-small", "cifar10-resnet18"))
+    assert [len(part.labels) for part in large] == [10_050, 2_030]
+    for part, is_train, count in zip(small, (True, False), (10_000, 2_000), strict=True):
+        assert part.images.shape == (count, 3, 2, 2)
+        assert part.labels.tolist() == [i % 10 for i in range(count)]
+        four = parts[is_train][7, 2:4, 0:2, 1]
+        assert part.images[7, 1, 1, 0].item() == pytest.approx(four.mean() / 255)
 
 
 def test_flowers_are_read_from_folders_and_from_torchvisions_files(

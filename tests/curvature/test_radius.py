@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kfac_flat import spectral_radii
 from kfac_flat.curvature.layers import groups_of, input_dim, output_dim
+from kfac_flat.curvature.likelihood import categorical
 from kfac_flat.curvature.radius import (
     Eigenvectors,
     LayerData,
@@ -405,6 +406,24 @@ def test_spectral_radii_measures_with_the_sampled_fisher_and_changes_nothing() -
     expected = float(torch.linalg.eigvalsh(normalised.T @ normalised / len(x))[-1])
     assert seen["2"] == pytest.approx(expected, rel=0.2)  # variance of a chi-square mean: 2 / 1000
     assert spectral_radii(model, x, likelihood="gaussian", layers=["2"]).keys() == {"2"}
+
+
+def test_of_an_output_with_several_parts_the_logits_are_measured_and_a_callable_sees_all() -> None:
+    class Parts(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"hidden": x, "logits": self.net(x)}
+
+    net, (x, _) = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))), batch(20, 3)
+    expected = list(spectral_radii(net, x, exact=True).values())
+    assert list(spectral_radii(Parts(net), x, exact=True).values()) == expected
+    told = spectral_radii(Parts(net), x, exact=True, likelihood=lambda o, g: categorical(o["logits"], g))
+    assert list(told.values()) == expected
+    with pytest.raises(TypeError, match="returns a tuple without logits"):
+        spectral_radii(nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 2)).double(), x)
 
 
 @pytest.mark.parametrize("kind", ["linear", "circular"])

@@ -96,7 +96,7 @@ class Dictionary(nn.Module):
         self.net = mlp()
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.net(x)}
+        return {"scores": self.net(x)}
 
 
 class Summed(nn.Module):
@@ -122,7 +122,7 @@ def empirical(criterion: Callable[[], nn.Module] = nn.CrossEntropyLoss) -> Calla
 
 def by_function(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> None:
     output = model(x)
-    F.cross_entropy(output["logits"] if isinstance(output, dict) else output, y).backward()
+    F.cross_entropy(output["scores"] if isinstance(output, dict) else output, y).backward()
 
 
 def by_criterion(model: nn.Module, criterion: nn.Module, x: Tensor, y: Tensor) -> None:
@@ -167,8 +167,8 @@ FAILURES = {
     "criterion without reduction": Failure(
         ValueError, r'Summed does not say how it reduces.*"mean", "sum" or "none"', by_criterion, empirical(Summed)
     ),
-    "output is no tensor": Failure(
-        TypeError, r"returns a dict.*give likelihood= a callable.*output.logits", by_function, model=Dictionary
+    "output has no logits": Failure(
+        TypeError, r"returns a dict without logits.*give likelihood= a callable", by_function, model=Dictionary
     ),
     "likelihood returns a scalar": Failure(
         ValueError,

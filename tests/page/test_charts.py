@@ -66,6 +66,23 @@ def test_the_axis_tells_the_values_at_which_its_lines_stand(values: list[float])
     affine([y for _, y in ticks] + [y for _, y in corners(figure)], [v for v, _ in ticks] + values, 0.3)
 
 
+@given(VALUES)
+def test_an_axis_from_zero_has_it_at_its_foot_whatever_the_magnitudes(values: list[float]) -> None:
+    scale = charts.value_scale(series([abs(v) for v in values], from_zero=True))
+    assert (scale.low, scale.logarithmic) == (0.0, False)
+    assert scale(0.0) > scale(scale.high), "up is more"
+
+
+def test_epochs_are_written_where_their_values_stand_and_the_last_one_has_a_dot() -> None:
+    figure = drawn(series([3.0, 5.0, 2.0, 4.0, math.nan]), last=4)
+    at = [x for x, _ in corners(figure)]
+    written = {int(t.text): float(t.attributes["x"]) for t in figure.all("text") if "class" not in t.attributes}
+    assert written.keys() == {0, 1, 2, 3, 4}
+    assert [written[epoch] for epoch in range(4)] == at
+    dot = figure.one("circle", class_="last").attributes
+    assert (float(dot["cx"]), float(dot["cy"])) == corners(figure)[-1]
+
+
 @pytest.mark.parametrize("low", [1e-6, 1.0, 3e5])
 def test_values_of_many_magnitudes_are_drawn_on_a_logarithmic_axis(low: float) -> None:
     values = [low * factor for factor in (1, 10, 1000, 70)]

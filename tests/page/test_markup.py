@@ -52,4 +52,6 @@ def test_a_page_is_one_well_formed_document(title: str, text: str) -> None:
     assert root.one("h1").text == title
     assert [h.text for h in root.all("h2")] == [text, text]
     assert [a.attributes["href"] for a in root.one("nav").all("a")] == ["#s0", "#s1"]
+    policy = root.one("meta", http_equiv="Content-Security-Policy").attributes["content"].split("; ")
+    assert policy[0] == "default-src 'none'"
     assert [e.tag for e in root.one("body").content if not isinstance(e, str)] == ["a", "header", "main", "footer"]

@@ -57,6 +57,14 @@ def test_a_cut_keeps_of_the_curvature_what_the_manifest_keeps(name: str) -> None
         step()
 
 
+def layers_read(model: nn.Module, optimizer: FlatKFAC, images: Tensor, y: Tensor) -> set[str]:
+    """Take a step; return the layers whose radii are now those of these images."""
+    penalty(model, optimizer, images, y)
+    expected = reference.radii(model, reference.cross_entropy_sum(y), images)
+    found = optimizer.radii()
+    return {name for name in found if found[name] == pytest.approx(expected[name].item(), rel=1e-9)}
+
+
 def test_the_first_refresh_after_a_cut_or_its_undoing_looks_at_all_layers_and_the_next_does_not(tmp_path: Path) -> None:
     model, (x, y) = mlp(), batch(8, 4)
     optimizer = plain(model, mu=0.3, survey_every=100)
@@ -64,11 +72,7 @@ def test_the_first_refresh_after_a_cut_or_its_undoing_looks_at_all_layers_and_th
     pruner = made(model, optimizer, x)
 
     def read(images: Tensor, model: nn.Module = model, optimizer: FlatKFAC = optimizer) -> set[str]:
-        """Take a step; return the layers whose radii are now those of these images."""
-        penalty(model, optimizer, images, y)
-        expected = reference.radii(model, reference.cross_entropy_sum(y), images)
-        found = optimizer.radii()
-        return {name for name in found if found[name] == pytest.approx(expected[name].item(), rel=1e-9)}
+        return layers_read(model, optimizer, images, y)
 
     every = read(x)
     assert every == {"0", "2", "4"}
@@ -89,6 +93,29 @@ def test_the_first_refresh_after_a_cut_or_its_undoing_looks_at_all_layers_and_th
     pruner.undo()
     assert read(5 * x) == every
     assert len(read(6 * x)) == 1
+
+
+@pytest.mark.parametrize(("outdated", "read"), [(False, 1), (True, 3)])
+def test_undoing_a_cut_before_any_refresh_leaves_layers_as_well_known_as_before_it(outdated: bool, read: int) -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=0.3, survey_every=100)
+    pruner = NeuronPruner(model, optimizer, x, target=0.4, start=1, events=1, keep_removed=True)
+    assert len(layers_read(model, optimizer, x, y)) == 3
+    state = optimizer.state_dict()
+    optimizer.load_state_dict({**state, "kfac_flat": {**state["kfac_flat"], "outdated": outdated}})
+    assert pruner.step()
+    pruner.undo()
+    assert len(layers_read(model, optimizer, 2 * x, y)) == read
+
+
+def test_a_checkpoint_that_does_not_say_whether_there_was_a_cut_is_read_as_if_there_was() -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=0.3, survey_every=100)
+    layers_read(model, optimizer, x, y)
+    state = optimizer.state_dict()
+    for old in (state, {**state, "kfac_flat": {k: v for k, v in state["kfac_flat"].items() if k != "outdated"}}):
+        optimizer.load_state_dict(old)
+        assert len(layers_read(model, optimizer, 2 * x, y)) == (1 if old is state else 3)
 
 
 def test_an_optimizer_wrapped_after_the_pruner_was_made_goes_on_after_a_cut() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch import nn
 from benchmarks.one_cut import EvenPruner, macs, shapes
 from examples.torchvision_models import models
 from kfac_flat.pruning.inspection import Inspection, inspect
+from kfac_flat.pruning.inspection_page import write_inspection
+from tests.page.reading import read
 from tests.pruning.masking import layers_of, pruner_for, widths_of
 from tests.pruning.nets import CASES
 
@@ -76,6 +79,15 @@ def test_each_layer_s_channels_are_accounted_for_in_what_goes_together(name: str
         assert said.removable <= in_groups[layer]
         if layer not in inspection.frozen:
             assert in_groups[layer] == said.outputs
+
+
+def test_channels_of_one_layer_that_go_together_are_counted_on_table_and_page(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(2, 3, 3))
+    inspection = inspect(model, torch.ones(1, 1, 6, 6))
+    assert [(tied.groups, tied.members) for tied in inspection.tied] == [(2, {"0": 4})]
+    assert "  2 x 4 of 0\n" in inspection.table()
+    root = read(write_inspection(inspection, tmp_path / "model.html", "Shuffled"))
+    assert root.table("Groups of channels.*") == {"4 of 0": ["2"]}
 
 
 def test_macs_of_the_layers_add_up_to_those_that_run() -> None:

@@ -45,6 +45,12 @@ def tiles(root: Element) -> dict[str, tuple[int, int]]:
     return found
 
 
+def shares(root: Element) -> dict[str, float]:
+    """The lengths of the bars below the sizes, as shares of the whole."""
+    bars = {tile.one("dt").text: tile.one("i").attributes["style"] for tile in root.one(class_="tiles").all("div")}
+    return {title: float(style.removeprefix("width:").removesuffix("%")) / 100 for title, style in bars.items()}
+
+
 def positions(text: str) -> list[int]:
     """Read ranges such as "0-2, 5"."""
     ends = [[int(end) for end in part.split("-")] for part in text.split(", ")]
@@ -72,6 +78,8 @@ def test_the_page_of_a_step_has_the_numbers_of_its_report(tmp_path: Path) -> Non
     root = read(path)
     assert root.one("h1").text == "Second step"
     assert tiles(root) == {t: (getattr(report.after, a), getattr(report.before, a)) for t, a in SIZES.items()}
+    left = {title: getattr(report.after, name) / getattr(report.before, name) for title, name in SIZES.items()}
+    assert shares(root) == pytest.approx(left, rel=1e-3)
     assert f"Epoch 2: {report.sparsity:.1%} of the neurons removed." in root.one("header").text
     rows = root.table("Output channels of each layer")
     assert len(rows) == len(report.widths_before)
@@ -135,6 +143,7 @@ def test_the_page_of_a_run_compares_the_dense_model_with_the_present_one(tmp_pat
     shown = tiles(root)
     assert shown["Parameters"] == (sum(p.numel() for p in model.parameters()), parameters)
     assert shown["Neurons"] == (pruner.size.neurons, pruner.history[0].before.neurons)
+    assert pruner.history[-1].reason[1:] in root.one("header").text
     rows = {name.partition(" ")[0]: cells for name, cells in root.table("Output channels of each layer").items()}
     assert {n: number(cells[0]) for n, cells in rows.items()} == dense
     assert {n: number(cells[1]) for n, cells in rows.items()} == {
@@ -160,15 +169,15 @@ def test_survivors_are_those_of_the_pruner_as_numbers_and_in_the_picture(tmp_pat
 def test_values_over_time_are_those_of_the_history_and_the_series(tmp_path: Path) -> None:
     _, pruner = run()
     accuracy, rho = [61.0, 70.25, 83.5, 90.0], [3.5, math.nan, 2.0, 1e-3]
-    root = read(pruner.html(tmp_path / "run.html", series={"accuracy (%)": accuracy, "rho": torch.tensor(rho)}))
+    root = read(pruner.html(tmp_path / "run.html", series={"rho": torch.tensor(rho), "accuracy (%)": accuracy}))
     (table,) = (t for t in root.all("table") if t.one("caption").text == "Values at the end of each epoch")
     titles = [th.text for th in table.one("thead").all("th")]
-    assert titles == ["Epoch", "accuracy (%)", "rho", "Sparsity", "Parameters", "MACs", "Neurons"]
+    assert titles == ["Epoch", "rho", "accuracy (%)", "Sparsity", "Parameters", "MACs", "Neurons"]
     rows = root.table("Values at the end of each epoch")
     assert list(rows) == ["1", "2", "3", "4"]
     for i, (cells, report) in enumerate(zip(rows.values(), pruner.history, strict=True)):
-        assert float(cells[0]) == accuracy[i]
-        assert float(cells[1]) == pytest.approx(rho[i], rel=1e-3, nan_ok=True)
+        assert float(cells[0]) == pytest.approx(rho[i], rel=1e-3, nan_ok=True)
+        assert float(cells[1]) == accuracy[i]
         assert cells[2] == f"{report.sparsity:.1%}"
         assert [number(c) for c in cells[3:]] == [report.after.parameters, report.after.macs, report.after.neurons]
 

@@ -140,11 +140,21 @@ def test_sizes_that_are_written_into_a_registered_operation_do_not_follow_a_cut(
     assert pruner.widths["a"] % 2 == 0  # both rows lose the same neurons
 
 
-def test_a_module_with_numbers_for_single_neurons_is_followed_as_if_it_had_no_rule() -> None:
-    register_rule(Scaled, like=nn.ReLU)
-    model, x = net(Scaled(8))
+class ScaledByBuffer(Scaled):
+    scale: Any
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        del self.scale
+        self.register_buffer("scale", torch.ones(width, 1, 1))
+
+
+@pytest.mark.parametrize("kind", [Scaled, ScaledByBuffer])
+def test_a_module_with_numbers_for_single_neurons_is_followed_as_if_it_had_no_rule(kind: type[Scaled]) -> None:
+    register_rule(kind, like=nn.ReLU)
+    model, x = net(kind(8))
     with pytest.warns(UserWarning, match="cannot be traced"):
-        assert pruner_for(model, x).frozen["a"] == "between (Scaled) has no rule"
+        assert pruner_for(model, x).frozen["a"] == f"between ({kind.__name__}) has no rule"
 
 
 def test_a_registered_module_may_hold_a_scalar() -> None:
@@ -182,6 +192,7 @@ def test_the_same_rule_may_be_registered_again_and_another_may_not() -> None:
         ((Gate(), nn.ReLU), {}, TypeError, r"not Gate\(\)"),
         ((3, torch.relu), {}, TypeError, "not 3"),
         ((nn.Linear, nn.ReLU), {}, ValueError, "Linear has channels of its own"),
+        ((nn.BatchNorm2d, nn.ReLU), {}, ValueError, "BatchNorm2d has channels of its own"),
     ],
 )
 def test_what_cannot_be_registered_is_refused(
