@@ -58,7 +58,7 @@ class DryRun(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a submodule, if need be; one that could not be traced runs on zeros, for the shape of its result."""
         if target in self._program.opaque:
-            return self._counted(None, lambda: _on_zeros(self._program.opaque[target], args, kwargs))
+            return self._counted(None, lambda: on_zeros(self._program.opaque[target], args, kwargs))
         module = self.submodules[target]
         x = args[0] if len(args) == 1 and not kwargs else None
         if x is not None and rules.changes_no_shape(module, x):
@@ -99,7 +99,8 @@ def _new_tensors(known: bool, args: tuple[Any, ...]) -> AbstractContextManager[A
     return nullcontext() if known and given else torch.device("meta")
 
 
-def _on_zeros(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def on_zeros(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a module that has data on zeros, for the shape of its result."""
     device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
     zeros = map_tensors(lambda t: torch.zeros_like(t, device=device), (args, dict(kwargs)))
     with torch.device(device), torch.random.fork_rng(devices=[]):

@@ -17,13 +17,14 @@ from torch import Tensor, fx, nn
 
 from kfac_flat.pruning import layers, rules
 from kfac_flat.pruning.errors import CutError
+from kfac_flat.pruning.faithful import first_difference
 from kfac_flat.pruning.groups import Groups
 from kfac_flat.pruning.ids import FIXED, components, fixed, membership, narrowed
 from kfac_flat.pruning.propagation import OUTPUT_REASON, FailedAtError, Propagation, described
 from kfac_flat.pruning.report import Size
 from kfac_flat.pruning.rules import Place
 from kfac_flat.pruning.surgery import Surgery
-from kfac_flat.pruning.tracing import ExampleInputs, Program, UntraceableError, skeleton, trace
+from kfac_flat.pruning.tracing import ExampleInputs, Program, UntraceableError, skeleton, trace, wiring
 from kfac_flat.structure import Kept
 
 UNCALLED_REASON = "is not called by itself: it is unused, or inside a module that is not looked into"
@@ -113,6 +114,7 @@ class NeuronGraph:
         self.inputs = ExampleInputs.of(example_inputs)
         self._bare = skeleton(model)
         self._programs = trace(model, self._bare, self.inputs, rules.is_leaf, rules.keeps_shape)
+        self._check_traces(model)
         self._ignore, self._whole = dict(ignore or {}), dict(whole or {})
         self._stuck: dict[Place, str] = {}  # operations that no rule gets right, found by trial
         # Where neurons are dealt out to rows that go whole: attention heads, as far as can be foreseen.
@@ -136,6 +138,19 @@ class NeuronGraph:
         self.hidden = [name for name in self.producers if self.frozen.get(name) != OUTPUT_REASON]
         self._name_what_is_never_cut(model)
         self.consumers = [name for name in self.producers if not layers.is_depthwise(modules[name])]
+
+    def _check_traces(self, model: nn.Module) -> None:
+        """Refuse a model whose code has not been followed as it runs."""
+        for program in self._programs.values():
+            differs = first_difference(self._bare, program, self.inputs)
+            if differs is not None:
+                node = list(program.graph.nodes)[differs]
+                raise ValueError(
+                    f"{type(model).__name__}.forward does something else when it is traced by torch.fx, at or before "
+                    f"{node.name} ({node.target}): let it not ask whether a value is a tensor (isinstance, hasattr, "
+                    "is None), nor look sizes up in a dict or set; or move that part into a module of its own and "
+                    "register a rule for it"
+                )
 
     def _name_what_is_never_cut(self, model: nn.Module) -> None:
         """Layers with weights that stay whole, because they have no rule or are never reached."""
@@ -180,17 +195,24 @@ class NeuronGraph:
         Raises:
             CutError: if a module reads others, or the model no longer runs or computes with other numbers.
         """
-        macs = 0
+        macs, modules = 0, dict(pruned.named_modules())
         for training, dense in self._programs.items():
             try:
                 small = Program.of(pruned, self.inputs, training, rules.is_leaf, dense.opaque)
             except UntraceableError as error:
                 raise CutError(f"after the cut, the model cannot be traced: {error}") from error
             small.opaque = dense.opaque
+            differs = first_difference(pruned, small, self.inputs)
+            if differs is not None:
+                raise FailedAtError(
+                    (training, differs), "what the code does around it depends on the number of neurons"
+                )
             for i, (a, b) in enumerate(zip(dense.graph.nodes, small.graph.nodes, strict=False)):
+                call = described(a, modules)
                 if (a.op, a.target) != (b.op, b.target):
-                    call = described(a, dict(pruned.named_modules()))
                     raise FailedAtError((training, i), f"{call} is reached or not depending on the number of neurons")
+                if wiring(a) != wiring(b):
+                    raise FailedAtError((training, i), f"{call} reads what depends on the number of neurons")
             ran = self._run(pruned, small, _Verification(channels), self._numbers, counts=counts and not training)
             macs = ran.flops // (2 * self.inputs.batch_size)  # eval mode comes last
         return macs

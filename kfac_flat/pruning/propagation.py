@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from kfac_flat.nested import map_tensors, tensors
 from kfac_flat.pruning import layers, rules
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.execution import DryRun
-from kfac_flat.pruning.ids import fixed
+from kfac_flat.pruning.ids import along, compact, fixed, narrowed, varying_dims
 from kfac_flat.pruning.rules import Place
 from kfac_flat.pruning.tracing import Program
 
@@ -120,14 +121,21 @@ class Propagation(DryRun):
             if layer and not layers.is_attention(target) and len(args) == 1 and not kwargs:
                 return rules.run_layer(self._table, str(n.target), target, args[0], result)
         rule = None if n.target in self._program.opaque else rules.find(target)
-        if rule not in rules.MOVES:
+        if rule is not rules.move:
             self._compare_numbers(n, args, kwargs)
         if rule is None:
             raise rules.NoRuleError("has no rule")
         operation = self._operation(n, target, args, kwargs, result)
+        if rule is not rules.move:
+            return rule(operation)
+        move = _Move(fx.node.map_arg((n.args, n.kwargs), lambda node: None), operation)
+        self.numbers[self._places[n]] = move
         if n.target in rules.SIZED:
-            self._compare_sizes(n, operation.followed)
-        return rule(operation)
+            self._compare_sizes(n, move)
+        move.ids = rule(operation)
+        if self._expected is not None and not move.does_as(self._expected[self._places[n]]):
+            raise CutError("moves data to places that depend on the number of neurons")
+        return move.ids
 
     def _operation(self, n: fx.Node, target: Any, args: Any, kwargs: Any, result: Any) -> rules.Operation:
         """Put together what rules are told of a call."""
@@ -165,15 +173,14 @@ class Propagation(DryRun):
         if self._expected is not None and self._expected.get(place) != self.numbers[place]:
             raise CutError("computes with a number that depends on the number of neurons")
 
-    def _compare_sizes(self, n: fx.Node, followed: dict[int, str]) -> None:
+    def _compare_sizes(self, n: fx.Node, move: _Move) -> None:
         """A size that is written into a call is what it was, or the number of neurons that it has been found to be."""
-        written = fx.node.map_arg((n.args, n.kwargs), lambda node: None)
-        self.numbers[self._places[n]] = written, followed  # the latter is still to be filled
         if self._expected is None:
             return
-        before, followed = self._expected[self._places[n]]
+        before = self._expected[self._places[n]]
+        followed = before.operation.followed
         now = {size: layers.channel_counts(layers.part(self._bare, name))[1] for size, name in followed.items()}
-        if written != fx.node.map_aggregate(before, lambda a: now.get(a, a) if type(a) is int else a):
+        if move.written != fx.node.map_aggregate(before.written, lambda a: now.get(a, a) if type(a) is int else a):
             raise CutError("is called with a size that depends on the number of neurons, or should and does not")
 
     def _compare_constant(self, n: fx.Node) -> None:
@@ -211,6 +218,43 @@ def described(n: fx.Node, submodules: Mapping[str, nn.Module]) -> str:
     if n.op == "call_module":
         return f"{n.target} ({type(submodules[str(n.target)]).__name__})"
     return f"{n.target if isinstance(n.target, str) else getattr(n.target, '__name__', n.target)}()"
+
+
+@dataclass
+class _Move:
+    """A movement of data: the numbers written into the call, the call with its ids, and its results', if followed."""
+
+    written: Any
+    operation: rules.Operation
+    ids: Any = None
+
+    def does_as(self, dense: _Move) -> bool:
+        """Tell whether what is no neuron, such as pixels, comes to lie where it did in the dense model."""
+        if self._numbers() == dense._numbers() or not isinstance(self.operation.args[0], Tensor):
+            return True
+        if sum(1 for _ in tensors(self.ids)) != sum(1 for _ in tensors(dense.ids)):
+            return False
+        pairs = zip(self._places(dense), dense._places(dense), strict=True)
+        return all(a[0] == b[0] and a[1] == b[1][: len(a[1])] for a, b in pairs)
+
+    def _numbers(self) -> Any:
+        return map_tensors(lambda t: None, (self.operation.args, self.operation.kwargs))
+
+    def _places(self, dense: _Move) -> list[tuple[list[int], list[int]]]:
+        """List where positions along the axes that have no neurons come out, and how many."""
+        axes = set(range(dense.operation.subject.dim())) - set(varying_dims(dense.operation.subject))
+        neurons, subject = [varying_dims(ids) for ids in tensors(dense.ids)], self.operation.subject
+        found: list[tuple[list[int], list[int]]] = []
+        for d in sorted(axes):
+            moved = self.operation.on(along(torch.arange(subject.shape[d]), d, subject.shape))
+            found += [_outside(part, axes) for part, axes in zip(tensors(moved), neurons, strict=True)]
+        return found
+
+
+def _outside(places: Tensor, neurons: list[int]) -> tuple[list[int], list[int]]:
+    """Return the sizes of the axes that have no neurons, and the places found in turn."""
+    sizes = [size for d, size in enumerate(places.shape) if d not in neurons]
+    return sizes, torch.unique_consecutive(narrowed(compact(places))[0]).tolist()
 
 
 def _any_tensor(value: Any) -> bool:

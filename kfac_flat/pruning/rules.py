@@ -225,7 +225,7 @@ def _concatenation(tensors: Any, dim: int = 0, axis: int | None = None) -> tuple
     return list(tensors), dim if axis is None else axis
 
 
-def _move(op: Operation) -> Any:
+def move(op: Operation) -> Any:
     """Data movement: what it does to the neurons' places, it does to their ids.
 
     It must do the same once some neurons are gone. That holds if they come out in one axis in the order they went in,
@@ -487,7 +487,7 @@ def _pad(op: Operation) -> Any:
 
 MODULE_RULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys(layers.ACTIVATIONS, _same_shape),
-    nn.Flatten: _move,
+    nn.Flatten: move,
     **dict.fromkeys((nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d, nn.LPPool1d), _spatial(1)),
     **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LPPool2d), _spatial(2)),
     **dict.fromkeys((nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d), _spatial(3)),
@@ -525,8 +525,8 @@ FUNCTION_RULES: dict[Any, Rule] = {
     **{getattr(operator, name): _pointwise for name in ("iadd", "isub", "imul", "itruediv")},
     **dict.fromkeys(_SAME_SHAPE_FUNCTIONS, _same_shape),
     **{getattr(torch, name): _reduce for name in _REDUCTIONS},
-    **{getattr(torch, name): _move for name in _MOVES},
-    operator.getitem: _move,
+    **{getattr(torch, name): move for name in _MOVES},
+    operator.getitem: move,
     torch.cat: _cat,
     torch.concat: _cat,
     torch.concatenate: _cat,
@@ -559,7 +559,7 @@ METHOD_RULES: dict[str, Rule] = {
     "expand_as": _pointwise,
     **dict.fromkeys(("matmul", "bmm", "__matmul__"), _matmul),
     **dict.fromkeys(("softmax", "log_softmax"), _normalised),
-    **dict.fromkeys((*_MOVES, "view", "expand", "t"), _move),
+    **dict.fromkeys((*_MOVES, "view", "expand", "t"), move),
 }
 
 # Calls whose whole-number arguments are sizes.
@@ -578,7 +578,7 @@ REGISTERED_MODULES: dict[type[nn.Module], Rule] = {}
 PRODUCTS = (_matmul, _einsum, _attention, _attend)
 
 # Rules of operations that may be called with sizes which depend on how many neurons there are.
-MOVES = (_move, _cat)
+MOVES = (move, _cat)
 
 
 def find(target: Any) -> Rule | None:

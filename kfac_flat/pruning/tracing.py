@@ -10,7 +10,7 @@ import operator
 import sys
 import types
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,14 @@ class ExampleInputs:
     def batch_size(self) -> int:
         """Length of the first axis of the first tensor, 1 if there is none."""
         return batch_size((self.args, self.kwargs)) or 1
+
+    def doubled(self) -> ExampleInputs:
+        """Return what a batch twice as large looks like, as far as a first axis of this length is one of examples."""
+
+        def twice(t: Tensor) -> Tensor:
+            return torch.cat([t, t]) if t.dim() and len(t) == self.batch_size else t
+
+        return ExampleInputs(map_tensors(twice, self.args), map_tensors(twice, self.kwargs))
 
     def arguments(self, forward: Callable[..., Any]) -> dict[str, Any]:
         """Return the arguments that hold tensors, by the position or name that they are given at.
@@ -106,7 +114,8 @@ class Program:
         """
         tracer = _Tracer(inputs, is_known, opaque)
         before = set(vars(bare))
-        with torch.random.fork_rng(devices=[]):  # noise is no neuron's: it is to be the same in every trace
+        grad = torch.set_grad_enabled(training)  # as trained, and as used
+        with grad, torch.random.fork_rng(devices=[]):  # noise is no neuron's: it is to be the same in every trace
             torch.default_generator.manual_seed(0)
             try:
                 graph = tracer.trace(bare.train(training))
@@ -133,6 +142,11 @@ class Program:
             and (str((a.args, a.kwargs)) == str((b.args, b.kwargs)) or keeps_shape(a.target))
             for a, b in pairs
         )
+
+
+def wiring(n: fx.Node) -> str:
+    """Name the results that an operation reads, argument by argument."""
+    return str(fx.node.map_aggregate((n.args, n.kwargs), lambda a: a.name if isinstance(a, fx.Node) else None))
 
 
 class UntraceableError(ValueError):
@@ -188,7 +202,30 @@ def trace(
         copies = {name: structural_copy(model.get_submodule(name), lambda t: t.detach().clone()) for name in opaque}
         for program in programs.values():
             program.opaque = copies
+    if inputs.batch_size == 1:
+        _check_larger_batches(model, bare, inputs, is_known, programs)
     return {False: programs[False]} if programs[True].same_as(programs[False], keeps_shape) else programs
+
+
+def _check_larger_batches(
+    model: nn.Module,
+    bare: nn.Module,
+    inputs: ExampleInputs,
+    is_known: Callable[[nn.Module], bool],
+    programs: Mapping[bool, Program],
+) -> None:
+    """Refuse a single example where the model's code does something else for two."""
+    for training, program in programs.items():
+        try:
+            two = Program.of(bare, inputs.doubled(), training, is_known, program.opaque)
+        except UntraceableError:  # it takes no more than one
+            continue
+        for a, b in zip(program.graph.nodes, two.graph.nodes, strict=False):
+            if (a.op, a.target, wiring(a)) != (b.op, b.target, wiring(b)):
+                raise ValueError(
+                    f"{type(model).__name__}.forward does something else for a single example than for two, at "
+                    f"{a.name} ({a.target}): give example_inputs of as many examples as it is trained on"
+                )
 
 
 class _Unpacked:
@@ -206,6 +243,15 @@ class _Unpacked:
 
     def __len__(self) -> int:
         return len(self.tracer.value_of(self.node))  # type: ignore[attr-defined]
+
+    def __str__(self) -> str:
+        return f"{self}"
+
+    def __format__(self, spec: str) -> str:
+        value = self.tracer.value_of(self.node)  # type: ignore[attr-defined]
+        if isinstance(value, torch.device):
+            raise fx.proxy.TraceError("it asks for the kind of device")
+        return format(value, spec)
 
 
 class _Proxy(_Unpacked, fx.Proxy):
@@ -293,9 +339,9 @@ class _Tracer(fx.Tracer):
         """Run one operation on what is known of its arguments."""
         known: Any = fx.node.map_arg((n.args, n.kwargs), lambda node: self._known[node])
         args, kwargs = known
-        if n.target is getattr and (isinstance(args[0], torch.device) or args[1] == "is_cuda"):
+        if _asks_for_device(n.target, args):
             raise fx.proxy.TraceError("it asks for the kind of device")
-        with self._untraced(), torch.device("meta"), torch.no_grad():
+        with self._untraced(), torch.device("meta"):
             if n.op == "get_attr":
                 return without_data(operator.attrgetter(str(n.target))(self.root))
             if n.op == "call_method":
@@ -387,6 +433,17 @@ class _Tracer(fx.Tracer):
             if self.failed is None:
                 self.failed = self.path_of_module(m)
             raise
+
+
+_DEVICE_QUESTIONS = ("is_cpu", "is_cuda", "is_meta", "is_mps", "is_xpu", "get_device", "data_ptr", torch.get_device)
+
+
+def _asks_for_device(target: Any, args: tuple[Any, ...]) -> bool:
+    """Tell whether a call asks what only a tensor with data can answer: where it lies."""
+    if target is getattr:
+        return isinstance(args[0], torch.device) or args[1] in _DEVICE_QUESTIONS
+    named = (a.type for a in args if isinstance(a, torch.device))
+    return target in _DEVICE_QUESTIONS or (target in (operator.eq, operator.ne) and any(d != "meta" for d in named))
 
 
 def _number_of_parts(node: fx.Node) -> int | None:

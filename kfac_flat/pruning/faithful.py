@@ -1,0 +1,142 @@
+"""Whether a trace does what the model's code does: both run without data, and torch's operations are compared.
+
+torch.fx answers some of the questions that Python code asks by itself, wrongly where the answer for a tensor would be
+another: ``isinstance(x, Tensor)``, ``hasattr(x, "sizes")``, ``x.grad_fn is None``, ``{12: 2.0}[x.shape[1]]``.
+"""
+
+from __future__ import annotations
+
+import functools
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from kfac_flat.nested import tensors
+from kfac_flat.pruning import rules
+from kfac_flat.pruning.execution import on_zeros
+from kfac_flat.pruning.tracing import ExampleInputs, Program, skeleton
+
+# What code raises that cannot run without data.
+_NOT_WITHOUT_DATA = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
+
+
+def first_difference(bare: nn.Module, program: Program, inputs: ExampleInputs) -> int | None:
+    """Return the place in the trace at which the model's code does something else, or None if both do the same.
+
+    Code that cannot run without data, as it may where random numbers decide, is not compared: that is None as well.
+
+    Args:
+        bare: A skeleton of the model, dense or cut, which is not changed.
+        program: Its trace.
+        inputs: What it is called with.
+    """
+    model = _stand_in(bare, program)
+    by_code, by_trace = _Calls(model, inputs), _Calls(model, inputs)
+    with torch.device("meta"), torch.set_grad_enabled(program.training):
+        try:
+            with by_code:
+                model(*inputs.args, **inputs.kwargs)
+        except _NOT_WITHOUT_DATA:
+            return None
+        steps = _Steps(model, program, by_trace)
+        try:
+            with by_trace:
+                steps.run(*inputs.arguments(model.forward).values())
+        except _NOT_WITHOUT_DATA:  # what went wrong is said where the neurons are followed
+            return None
+    pairs = zip_longest(by_code.made, by_trace.made)
+    different = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if different is None:
+        return None
+    return by_trace.places[different] if different < len(by_trace.places) else len(program.graph.nodes) - 1
+
+
+_PARTS = (torch.ops.aten.unbind.int, torch.ops.aten.select.int)
+
+
+class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Writes down, one after the other, what is done with a model's inputs, its parameters, and what becomes of them.
+
+    What is done with anything else is a constant of the trace.
+    """
+
+    def __init__(self, model: nn.Module, inputs: ExampleInputs) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[Any] = []
+        self.places: list[int] = []
+        self.place = 0
+        self._names: dict[int, Any] = {id(p): name for name, p in model.named_parameters()}
+        self._names |= {id(t): i for i, t in enumerate(tensors((inputs.args, inputs.kwargs)))}
+        self._alive: list[Tensor] = []  # so that no other tensor gets the identity of one that is gone
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _PARTS and id(args[0]) in self._names:
+            self._name_parts(result, *args)
+            return result
+        names = tree_map(self._name, (args, kwargs or {}))
+        if any(id(t) in self._names for t in tensors((args, kwargs or {}))):
+            for i, t in enumerate(tensors(result)):
+                self._names[id(t)] = (len(self.made), i)
+                self._alive.append(t)
+            self.made.append((_out_of_place(func), str(names)))
+            self.places.append(self.place)
+        return result
+
+    def _name_parts(self, parts: Any, whole: Tensor, dim: int = 0, index: int = 0) -> None:
+        """Parts along an axis are the same whether they are taken one by one or all at once, as loops take them."""
+        for i, part in enumerate(tensors(parts)):
+            self._names[id(part)] = (self._names[id(whole)], dim % whole.dim(), (index + i) % whole.shape[dim])
+            self._alive.append(part)
+
+    def _name(self, value: Any) -> Any:
+        return self._names.get(id(value), "constant") if isinstance(value, Tensor) else value
+
+
+def _out_of_place(func: Any) -> str:
+    """Name an operation: ``x += y`` is traced as ``x = x + y``."""
+    name = str(func._schema.name).replace("::__i", "::__").rstrip("_")
+    return f"{name}.{func._overloadname}"
+
+
+class _Steps(fx.Interpreter):
+    """Runs a trace, and says where it is."""
+
+    def __init__(self, model: nn.Module, program: Program, calls: _Calls) -> None:
+        super().__init__(model, graph=program.graph)
+        self.extra_traceback = False
+        self._program, self._calls = program, calls
+        self._places = {n: i for i, n in enumerate(program.graph.nodes)}
+
+    def fetch_attr(self, target: str) -> Any:
+        """Look up a parameter, buffer, or tensor that was made while tracing."""
+        return self._program.constants[target] if target in self._program.constants else super().fetch_attr(target)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operation."""
+        self._calls.place = self._places[n]
+        return super().run_node(n)
+
+
+def _stand_in(bare: nn.Module, program: Program) -> nn.Module:
+    """Copy a skeleton; norms, which would refuse a single example, and what is not looked into do less."""
+    model = skeleton(bare).train(program.training)
+    for name, module in model.named_modules():
+        if name in program.opaque:
+            module.forward = functools.partial(_opaque, program.opaque[name])
+        elif isinstance(module, _NormBase) and (rules.is_leaf(module) or type(module).__module__.startswith("torch.")):
+            module.forward = _normed
+    return model
+
+
+def _opaque(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return on_zeros(module, args, kwargs)
+
+
+def _normed(input: Tensor) -> Tensor:
+    return input.clone()

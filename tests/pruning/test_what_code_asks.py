@@ -1,0 +1,200 @@
+"""What Python code asks of values decides what it does; what is followed is what runs, or it is said that it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kfac_flat.pruning.graph import NeuronGraph
+from tests.pruning.lifecycle import assert_masked, assert_reloads, pruned
+from tests.pruning.masking import pruner_for
+
+BATCH = torch.randn(6, 6, dtype=torch.float64)
+IMAGES = torch.randn(4, 3, 8, 8, dtype=torch.float64)
+
+
+class Asking(nn.Module):
+    """Mixes all neurons, so that none may go, where the answer is yes."""
+
+    def __init__(self, question: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.question = question
+        self.one, self.two, self.three = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x).relu()
+        if self.question(x):
+            x = x - x.mean(-1, keepdim=True)
+        return self.three(self.two(x).relu())
+
+
+ANSWERED: dict[str, Callable[[Any], Any]] = {
+    "requires_grad": lambda x: x.requires_grad,
+    "is_leaf": lambda x: not x.is_leaf,
+    "no_grad": lambda x: not torch.is_grad_enabled(),
+    "as text": lambda x: f"{x.shape[-1]}" == "12",
+    "padded text": lambda x: f"{x.shape[-1]:04d}" == "0012",
+    "dim": lambda x: x.dim() in (2, 3),
+}
+
+
+@pytest.mark.parametrize("question", ANSWERED)
+def test_questions_are_answered_as_when_the_model_runs(question: str) -> None:
+    pruner = pruner_for(Asking(ANSWERED[question]).double(), BATCH, target=0.1)
+    assert "mixes different neurons" in pruner.frozen["one"]
+    assert "two" not in pruner.frozen
+
+
+WRONGLY_ANSWERED: dict[str, Callable[[Any], Any]] = {
+    "isinstance": lambda x: isinstance(x, Tensor),
+    "type": lambda x: type(x) is Tensor,
+    "is_tensor": torch.is_tensor,
+    "hasattr": lambda x: not hasattr(x, "sizes"),
+    "getattr": lambda x: getattr(x, "sizes", None) is None,
+    "callable": lambda x: not callable(x),
+    "grad_fn": lambda x: x.grad_fn is None,
+    "shape is a tuple": lambda x: isinstance(x.shape, tuple),
+    "size is a number": lambda x: isinstance(x.shape[0], int),
+    "size in a set": lambda x: x.shape[-1] in {12, 6, 5},
+    "size in a dict": lambda x: {12: True, 6: True}.get(x.shape[-1], False),
+}
+
+
+@pytest.mark.parametrize("question", WRONGLY_ANSWERED)
+def test_a_trace_that_does_something_else_than_the_code_is_refused(question: str) -> None:
+    with pytest.raises(ValueError, match=r"does something else when it is traced.*two"):
+        pruner_for(Asking(WRONGLY_ANSWERED[question]).double(), BATCH)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        lambda x: x.device == torch.device("cpu"),
+        lambda x: str(x.device) == "cpu",
+        lambda x: not x.is_meta,
+        lambda x: x.is_cpu,
+        lambda x: x.get_device() < 0,
+        lambda x: x.data_ptr() != 0,
+    ],
+)
+def test_where_a_tensor_lies_is_not_guessed(question: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"cannot be traced.*asks for the kind of device"):
+        pruner_for(Asking(question).double(), BATCH)
+
+
+def test_tensors_on_one_device_may_be_told_to_be() -> None:
+    pruner = pruner_for(Asking(lambda x: x.device != x.relu().device).double(), BATCH, target=0.1)
+    assert "one" not in pruner.frozen
+
+
+@pytest.mark.parametrize("question", [lambda x: x.shape[0] > 1, lambda x: len(x) > 1])
+def test_a_single_example_does_not_stand_for_a_batch_that_is_treated_otherwise(question: Callable[[Any], Any]) -> None:
+    model = Asking(question).double()
+    with pytest.raises(ValueError, match="something else for a single example than for two"):
+        pruner_for(model, BATCH[:1])
+    assert "mixes different neurons" in pruner_for(model, BATCH, target=0.1).frozen["one"]
+
+
+def test_a_model_that_takes_single_examples_only_is_followed() -> None:
+    def refuse_several(x: Any) -> bool:
+        if x.shape[0] != 1:
+            raise ValueError("one at a time")
+        return False
+
+    assert "one" not in pruner_for(Asking(refuse_several).double(), BATCH[:1], target=0.1).frozen
+
+
+def test_parts_of_a_tensor_taken_in_a_loop_are_followed() -> None:
+    class Loop(Asking):
+        def forward(self, x: Tensor) -> Tensor:
+            parts = self.one(x).unsqueeze(0)
+            for part in parts:
+                x = part.relu()
+            return self.three(self.two(x).relu())
+
+    def make() -> nn.Module:
+        return Loop(bool)
+
+    found = pruned(make, BATCH, BATCH)
+    assert_masked(found)
+    assert_reloads(found)
+
+
+class ByWidth(nn.Module):
+    """Does with an activation ``[N, 12, 8, 8]`` what depends on its width."""
+
+    def __init__(self, how: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.how = how
+        self.one, self.norm = nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.two, self.three = nn.Conv2d(12, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.how(self.norm(self.one(x)).relu())
+        return self.three(self.two(x).relu().mean((2, 3)))
+
+
+BY_WIDTH: dict[str, Callable[[Any], Any]] = {
+    "roll": lambda x: torch.roll(x, x.shape[1] // 4, 2),
+    "crop": lambda x: x[:, :, : x.shape[1] // 2],
+    "select": lambda x: x.select(2, x.shape[1] // 2).unsqueeze(2),
+    "narrow": lambda x: x.narrow(2, 0, x.shape[1] // 2),
+    "expand": lambda x: x.mean(2, keepdim=True).expand(-1, -1, x.shape[1] // 2, -1),
+    "view": lambda x: x.view(x.shape[0], x.shape[1], 16 if x.shape[1] == 12 else 8, -1),
+    "flip": lambda x: x.flip(2 if x.shape[1] == 12 else 3),
+    "chunk": lambda x: x.chunk(2 if x.shape[1] == 12 else 4, 2)[0],
+    "cat along": lambda x: torch.cat([x, x * 2], 2 if x.shape[1] == 12 else 3),
+    "cat order": lambda x: torch.cat([x, x.tanh()] if x.shape[1] == 12 else [x.tanh(), x], 2),
+    "operand": lambda x: (lambda y: y if x.shape[1] == 12 else x)(x.tanh() * 3),
+    "order": lambda x: (lambda y: x - y if x.shape[1] == 12 else y - x)(x.tanh() * 3),
+}
+
+
+@pytest.mark.parametrize("how", BY_WIDTH)
+def test_what_depends_on_the_width_keeps_the_layer_whole(how: str) -> None:
+    found = pruned(lambda: ByWidth(BY_WIDTH[how]), IMAGES, IMAGES, 0.4)
+    assert "depend" in found.pruner.frozen["one"]
+    assert found.pruner.widths == {"one": 12, "two": 4, "three": 3}
+    assert_masked(found)
+
+
+FOLLOWED: dict[str, Callable[[Any], Any]] = {
+    "whole": lambda x: x[:, : x.shape[1]],
+    "channels last": lambda x: x.movedim(1, 3).reshape(-1, 64 * x.shape[1]).view(-1, 8, 8, x.shape[1]).movedim(3, 1),
+        x.permute(0, 2, 3, 1).reshape(-1, 64 * x.shape[1]).view(-1, 8, 8, x.shape[1]).permute(0, 3, 1, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("how", FOLLOWED)
+def test_sizes_that_say_where_the_neurons_lie_may_follow_the_width(how: str) -> None:
+    found = pruned(lambda: ByWidth(FOLLOWED[how]), IMAGES, IMAGES)
+    assert found.pruner.widths == {"one": 6, "two": 4, "three": 3}
+    assert_masked(found)
+
+
+def test_a_trace_of_a_cut_model_is_compared_with_its_code_as_well() -> None:
+    class Looking(Asking):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.one(x).relu()
+            x = x * dict.fromkeys(range(1, 12), 2.0).get(x.shape[-1], 1.0)  # no width but that before the cut
+            return self.three(self.two(x).relu())
+
+    graph = NeuronGraph(Looking(bool).double(), BATCH)
+    assert "what the code does around it depends on the number of neurons" in graph.frozen["one"]
+
+
+def test_a_sum_in_place_is_a_sum() -> None:
+    class InPlace(Asking):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.one(x)
+            y += y.relu()
+            return self.three(self.two(y).relu())
+
+    found = pruned(lambda: InPlace(bool), BATCH, BATCH)
+    assert found.pruner.widths == {"one": 6, "two": 4, "three": 3}
+    assert_masked(found)
