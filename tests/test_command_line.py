@@ -181,8 +181,11 @@ def test_models_that_are_not_there_are_refused(capsys: pytest.CaptureFixture[str
             ["1,7"],
             r"with --input 1,7: the model does not run on example_inputs: layers.0 \(Linear\) fails: .*\. Give what",
         ),
-        (["1,6", "1,6"], r"example_inputs do not fit the model's arguments .*: too many positional arguments"),
-        (["y=1,6"], r"example_inputs do not fit the model's arguments .*: missing a required argument: 'x'"),
+        (["1,6", "1,6"], r"--input 1,6: example_inputs do not fit the model's arguments .*: too many positional"),
+        (
+            ["y=1,6"],
+            r"--input y=1,6: example_inputs do not fit the model's arguments .*: missing a required argument: 'x'",
+        ),
         (["1,a"], r"--input 1,a: write the sizes of the tensor"),
         (["1,0"], r"--input 1,0: write the sizes of the tensor, whole numbers from 1"),
         (["1,-6"], r"write the sizes of the tensor"),
