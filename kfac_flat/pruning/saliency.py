@@ -10,6 +10,7 @@ Theta_i is its absolute value, averaged over the optimizer steps seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -32,7 +33,7 @@ def mask_gradient(weight: Tensor, gradient: Tensor, groups: int = 1) -> Tensor:
     Returns:
         ``[C_in]``.
     """
-    shape = (groups, -1, weight.shape[1], weight[0, 0].numel())
+    shape = (groups, weight.shape[0] // groups, weight.shape[1], math.prod(weight.shape[2:]))
     w, g = weight.detach().reshape(shape), gradient.reshape(shape)
     rows = w.shape[1] if w.device.type != "cpu" else max(1, _IN_CACHE * w.shape[1] // max(1, w.numel()))
     # Multiplied and added up block by block, nothing as large as the weight has to go to memory and back.

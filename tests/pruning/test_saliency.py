@@ -311,6 +311,11 @@ def test_a_mask_gradient_is_summed_up_alike_in_blocks_of_any_size(
     assert torch.allclose(saliency.mask_gradient(weight, gradient, groups), torch.stack(expected))
 
 
+@pytest.mark.parametrize(("shape", "inputs"), [((0, 4), 4), ((3, 0), 0), ((0, 2, 3, 3), 2)])
+def test_a_mask_gradient_of_a_layer_without_entries_is_zero(shape: tuple[int, ...], inputs: int) -> None:
+    assert torch.equal(saliency.mask_gradient(torch.zeros(shape), torch.zeros(shape)), torch.zeros(inputs))
+
+
 def test_a_mask_gradient_in_half_precision_is_added_up_in_single() -> None:
     weight = torch.full((4096, 2), 0.1, dtype=torch.bfloat16)
     found = saliency.mask_gradient(weight, torch.ones_like(weight))
