@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from kfac_flat.nested import tensors
 from kfac_flat.pruning import rules
@@ -72,6 +71,7 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.place = 0
         self._names: dict[int, Any] = {id(p): name for name, p in model.named_parameters()}
         self._names |= {id(t): i for i, t in enumerate(tensors((inputs.args, inputs.kwargs)))}
+        self._follows = False
         self._alive: list[Tensor] = []  # so that no other tensor gets the identity of one that is gone
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,12 +79,13 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _PARTS and id(args[0]) in self._names:
             self._name_parts(result, *args)
             return result
-        names = tree_map(self._name, (args, kwargs or {}))
-        if any(id(t) in self._names for t in tensors((args, kwargs or {}))):
-            for i, t in enumerate(tensors(result)):
+        self._follows = False
+        called_with = self._name(args), self._name(tuple(kwargs.items())) if kwargs else ()
+        if self._follows:
+            for i, t in enumerate((result,) if isinstance(result, Tensor) else tensors(result)):
                 self._names[id(t)] = (len(self.made), i)
                 self._alive.append(t)
-            self.made.append((_out_of_place(func), str(names)))
+            self.made.append((_out_of_place(func), called_with))
             self.places.append(self.place)
         return result
 
@@ -95,9 +96,17 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._alive.append(part)
 
     def _name(self, value: Any) -> Any:
-        return self._names.get(id(value), "constant") if isinstance(value, Tensor) else value
+        """Write a value such that it can be compared, and note whether it holds a tensor that is followed."""
+        if isinstance(value, Tensor):
+            name = self._names.get(id(value))
+            self._follows |= name is not None
+            return "constant" if name is None else name
+        if isinstance(value, (tuple, list)):
+            return tuple(self._name(part) for part in value)
+        return "nan" if value != value else value
 
 
+@functools.cache
 def _out_of_place(func: Any) -> str:
     """Name an operation: ``x += y`` is traced as ``x = x + y``."""
     name = str(func._schema.name).replace("::__i", "::__").rstrip("_")
