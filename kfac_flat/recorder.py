@@ -268,7 +268,7 @@ class CallRecorder:
         self._begun = None
         if self._wanted is None:
             self._take_off(module)
-        elif torch.is_grad_enabled() and self._wanted():
+        elif torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._wanted():  # no call of a tracer's
             self.graphs = [graph for graph in self.graphs if graph.may_matter(module.training)]
             self._place = self._place_of(args, kwargs)
             self._begun = RecordedCall.now(module, args, kwargs)

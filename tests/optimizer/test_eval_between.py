@@ -108,3 +108,15 @@ def test_inference_mode_between_steps_is_no_training() -> None:
     model.train()
     train(model, optimizer, 1, start=1, shape=(6, 2, 5, 5))
     assert optimizer.rho > 0
+
+
+def test_a_model_is_exported_for_batches_of_any_size_when_a_refresh_is_due() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    optimizer = FlatKFAC(torch.optim.SGD(model.parameters(), lr=0.1), model, every=1)
+    x = torch.randn(6, 4)
+    dynamic = ({0: torch.export.Dim("n")},)
+    program = torch.export.export(model, (x[:2],), dynamic_shapes=dynamic, strict=False)
+    assert torch.allclose(program.module()(x), model(x))
+    nn.functional.cross_entropy(model(x), torch.arange(6) % 3).backward()
+    optimizer.step()
+    assert optimizer.rho > 0
