@@ -48,7 +48,7 @@ def first_difference(bare: nn.Module, program: Program, inputs: ExampleInputs) -
                 steps.run(*inputs.arguments(model.forward).values())
         except _NOT_WITHOUT_DATA:  # what went wrong is said where the neurons are followed
             return None
-    pairs = zip_longest(by_code.made, by_trace.made)
+    pairs = zip_longest(*(by_code.in_place.written(calls.made) for calls in (by_code, by_trace)))
     different = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if different is None:
         return None
@@ -56,6 +56,16 @@ def first_difference(bare: nn.Module, program: Program, inputs: ExampleInputs) -
 
 
 _PARTS = (torch.ops.aten.unbind.int, torch.ops.aten.select.int)
+
+
+class _Aliases(dict[Any, Any]):
+    """What has been changed in place, by the name of the result: code may go on with either name, a trace with both."""
+
+    def written(self, value: Any) -> Any:
+        """Give the results of changes in place the names of what was changed."""
+        while isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], int) and value in self:
+            value = self[value]
+        return type(value)(map(self.written, value)) if isinstance(value, (tuple, list)) else value
 
 
 class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -67,6 +77,7 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, inputs: ExampleInputs) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[Any] = []
+        self.in_place = _Aliases()
         self.places: list[int] = []
         self.place = 0
         self._names: dict[int, Any] = {id(p): name for name, p in model.named_parameters()}
@@ -82,6 +93,8 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._follows = False
         called_with = self._name(args), self._name(tuple(kwargs.items())) if kwargs else ()
         if self._follows:
+            if result is args[0] and id(result) in self._names:
+                self.in_place[(len(self.made), 0)] = self._names[id(result)]
             for i, t in enumerate((result,) if isinstance(result, Tensor) else tensors(result)):
                 self._names[id(t)] = (len(self.made), i)
                 self._alive.append(t)

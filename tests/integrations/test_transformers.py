@@ -125,6 +125,9 @@ def trainer(kind: str, folder: Path, **options: Any) -> tuple[Trainer, NeuronPru
     made = InOrder(
         model, arguments, train_dataset=dataset(kind), eval_dataset=dataset(kind), optimizers=(optimizer, scheduler)
     )
+    made.model_accepts_loss_kwargs = (
+        False  # else it leaves it to the model to average over micro-batches, which BERT does not
+    )
     pruning = NeuronPruning(made, pruner)
     made.add_callback(pruning)
     return made, pruning, pruner

@@ -100,6 +100,7 @@ class Before:
         own["penalty_norm"] = torch.nn.utils.get_total_norm(list(own["penalty"].values()))
         columns = {layer: left.along(f"{layer}.weight")[1] for layer in own["mask_terms"]}
         own["mask_terms"] = {k: t if columns[k] is None else t[columns[k]] for k, t in own["mask_terms"].items()}
+        own["outdated"] = True  # all layers are looked at next
         for layer, v in own["eigenvectors"].items():
             rows, columns = left.along(f"{layer}.weight")
             area = self.model[f"{layer}.weight"][0, 0].numel()

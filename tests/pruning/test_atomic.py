@@ -113,10 +113,26 @@ def committed(events: list[Event]) -> int:
     )
 
 
+def compared_with_code(events: list[Event]) -> set[int]:
+    """Return the events while the model's code is run without data: if that fails, it is not compared, and no more."""
+    inside, found = False, set()
+    for i, event in enumerate(events):
+        if event.function == "first_difference" and event.kind in ("call", "return"):
+            inside = event.kind == "call"
+        if inside:
+            found.add(i)
+    return found
+
+
 def stages(events: list[Event]) -> list[int]:
     """Every event while the prepared changes are made, and before that one beginning of each kind of call."""
     begin = max(i for i, event in enumerate(events) if (event.kind, event.function) == ("call", "make_all"))
-    last = {e._replace(line=0): i for i, e in enumerate(events[:begin]) if e.kind in ("call", "c_call")}
+    compared = compared_with_code(events)
+    last = {
+        e._replace(line=0): i
+        for i, e in enumerate(events[:begin])
+        if e.kind in ("call", "c_call") and i not in compared
+    }
     return [i + 1 for i in (*sorted(last.values()), *range(begin, committed(events) - 1))]
 
 
