@@ -207,7 +207,8 @@ Written by `python -m benchmarks.paper` from the runs of `python -m benchmarks.a
 benchmarks.inference`: the tables and figures of Ebrahimi & Klabjan, arXiv 2111.08577, with our own numbers on the tasks
 that have been run; mean ± standard deviation (number of runs). Accuracy is that on test images after the last epoch.
 
-- Table 1: seconds of an epoch, all of a run's epochs and removals counted.
+- Table 1: seconds of an epoch by the clock, all of a run's epochs and removals counted. Where a machine had other work,
+  as a wide spread tells, they compare little.
 - Table 2: milliseconds of a call in eval mode, medians of repeated measurements in turn; how many times as fast as the
   full network. Weights that are zero are multiplied like others.
 - Table 3: SNIP's networks, and HGNP's at the sparsity where the line through its mean accuracies comes down to SNIP's;
