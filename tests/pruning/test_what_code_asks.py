@@ -196,3 +196,22 @@ def test_a_sum_in_place_is_a_sum() -> None:
     found = pruned(lambda: InPlace(bool), BATCH, BATCH)
     assert found.pruner.widths == {"one": 6, "two": 4, "three": 3}
     assert_masked(found)
+
+
+class InPlace(nn.Module):
+    """Goes on with both names of what it has changed in place, of which a trace makes two results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.side, self.two = nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = changed = self.one(x)
+        changed += self.side(x).relu()
+        return self.two(changed.relu() + known)
+
+
+def test_what_was_changed_in_place_may_be_called_by_its_old_name() -> None:
+    found = pruned(InPlace, BATCH, BATCH)
+    assert found.pruner.widths == {"one": 6, "side": 6, "two": 3}
+    assert_masked(found)
