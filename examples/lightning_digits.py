@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import examples.torchvision_models  # noqa: F401  # Lightning imports torchvision, which fails beside some builds of torch
+
+# isort: split
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint

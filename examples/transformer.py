@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import examples.torchvision_models  # transformers imports torchvision, which fails beside some builds of torch
+
+# isort: split
 import torch
 from torch import Tensor
 from torch.optim import AdamW
