@@ -77,7 +77,9 @@ class HybridPruner(NeuronPruner):
             raise ValueError(f"threshold={threshold!r} must lie in [0, 1]")
         super().__init__(model, optimizer, example_inputs, **options)
         self._threshold = threshold
-        self._taylor = taylor(model, optimizer, example_inputs, **{**options, **(taylor_options or {})})
+        # No epoch of the other pruner ever ends, so that it cannot tell how many steps there are in one.
+        own = {**options, "readings": None, **(taylor_options or {})}
+        self._taylor = taylor(model, optimizer, example_inputs, **own)
 
     @property
     def chooses(self) -> str:

@@ -19,6 +19,8 @@ from kfac_flat.pruning.saliency import Saliency
 class FeatureMaps(Saliency):
     """Statistics of the neurons' feature maps, where layers read them."""
 
+    every_step = True  # what the passes before a step have left is added up there
+
     def begin(self, examples: int) -> None:
         """Take note of a forward pass that is about to start."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kfac_flat.nested import tensors
+from kfac_flat.nested import map_tensors, tensors
 from kfac_flat.pruning import rules
 from kfac_flat.pruning.execution import on_zeros
 from kfac_flat.pruning.tracing import ExampleInputs, Program, skeleton
@@ -24,7 +24,9 @@ from kfac_flat.pruning.tracing import ExampleInputs, Program, skeleton
 _NOT_WITHOUT_DATA = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
-def first_difference(bare: nn.Module, program: Program, inputs: ExampleInputs) -> int | None:
+def first_difference(
+    bare: nn.Module, program: Program, inputs: ExampleInputs, results: Results | None = None
+) -> int | None:
     """Return the place in the trace at which the model's code does something else, or None if both do the same.
 
     Code that cannot run without data, as it may where random numbers decide, is not compared: that is None as well.
@@ -33,9 +35,11 @@ def first_difference(bare: nn.Module, program: Program, inputs: ExampleInputs) -
         bare: A skeleton of the model, dense or cut, which is not changed.
         program: Its trace.
         inputs: What it is called with.
+        results: What torch's operations are known to return, to which more is added.
     """
     model = _stand_in(bare, program)
-    by_code, by_trace = _Calls(model, inputs), _Calls(model, inputs)
+    results = Results() if results is None else results
+    by_code, by_trace = _Calls(model, inputs, results), _Calls(model, inputs, results)
     with torch.device("meta"), torch.set_grad_enabled(program.training):
         try:
             with by_code:
@@ -63,9 +67,55 @@ class _Aliases(dict[Any, Any]):
 
     def written(self, value: Any) -> Any:
         """Give the results of changes in place the names of what was changed."""
+        return self._written(value) if self else value
+
+    def _written(self, value: Any) -> Any:
         while isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], int) and value in self:
             value = self[value]
-        return type(value)(map(self.written, value)) if isinstance(value, (tuple, list)) else value
+        return type(value)(map(self._written, value)) if isinstance(value, (tuple, list)) else value
+
+
+class Results:
+    """What operations return, as far as it can be known without data: strides, shapes and types.
+
+    torch works it out in Python for most, which takes most of the time; here it is done once for equal calls.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def of(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operation on tensors without data, or return what an equal call did."""
+        if not _makes_new_tensors(func):
+            return func(*args, **kwargs)
+        call = (func, _comparable(args), _comparable(tuple(kwargs.items())))
+        known = self._known.get(call)
+        if known is not None:
+            return map_tensors(_another, known)
+        result = func(*args, **kwargs)
+        if all(t.is_meta for t in tensors(result)):  # not what is made to run code that needs data
+            self._known[call] = map_tensors(_another, result)
+        return result
+
+
+@functools.cache
+def _makes_new_tensors(func: Any) -> bool:
+    """Tell whether an operation returns tensors that are not those it is given, nor views of them."""
+    returned = func._schema.returns
+    return bool(returned) and all(r.alias_info is None and "Tensor" in str(r.type) for r in returned)
+
+
+def _comparable(value: Any) -> Any:
+    """Write an argument such that equal ones lead to equal results; ``1``, ``1.0`` and ``True`` do not."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape, value.stride(), value.device
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_comparable, value))
+    return type(value), value
+
+
+def _another(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
 class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -74,8 +124,9 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     What is done with anything else is a constant of the trace.
     """
 
-    def __init__(self, model: nn.Module, inputs: ExampleInputs) -> None:
+    def __init__(self, model: nn.Module, inputs: ExampleInputs, results: Results) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._results = results
         self.made: list[Any] = []
         self.in_place = _Aliases()
         self.places: list[int] = []
@@ -86,13 +137,15 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: list[Tensor] = []  # so that no other tensor gets the identity of one that is gone
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _PARTS and id(args[0]) in self._names:
-            self._name_parts(result, *args)
-            return result
+        kwargs = kwargs or {}
         self._follows = False
-        called_with = self._name(args), self._name(tuple(kwargs.items())) if kwargs else ()
-        if self._follows:
+        called_with = self._name(args), self._name(tuple(kwargs.items()))
+        if not self._follows:
+            return func(*args, **kwargs)
+        result = self._results.of(func, args, kwargs)
+        if func in _PARTS:
+            self._name_parts(result, *args)
+        else:
             if result is args[0] and id(result) in self._names:
                 self.in_place[(len(self.made), 0)] = self._names[id(result)]
             for i, t in enumerate((result,) if isinstance(result, Tensor) else tensors(result)):

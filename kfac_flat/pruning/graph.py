@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from kfac_flat.pruning import layers, rules
+from kfac_flat.pruning.collection import no_collection
 from kfac_flat.pruning.errors import CutError
-from kfac_flat.pruning.faithful import first_difference
+from kfac_flat.pruning.faithful import Results, first_difference
 from kfac_flat.pruning.groups import Groups
 from kfac_flat.pruning.ids import FIXED, components, fixed, membership, narrowed
 from kfac_flat.pruning.propagation import OUTPUT_REASON, FailedAtError, Propagation, described
@@ -104,6 +105,7 @@ class NeuronGraph:
         ValueError: if the model cannot be traced or does not run on the example inputs.
     """
 
+    @no_collection()
     def __init__(
         self,
         model: nn.Module,
@@ -141,8 +143,9 @@ class NeuronGraph:
 
     def _check_traces(self, model: nn.Module) -> None:
         """Refuse a model whose code has not been followed as it runs."""
+        results = Results()
         for program in self._programs.values():
-            differs = first_difference(self._bare, program, self.inputs)
+            differs = first_difference(self._bare, program, self.inputs, results)
             if differs is not None:
                 node = list(program.graph.nodes)[differs]
                 raise ValueError(
@@ -165,6 +168,7 @@ class NeuronGraph:
             elif held or computed:
                 self.frozen.setdefault(name, f"{type(module).__name__} has no rule, or is not called as a module")
 
+    @no_collection()
     def measure(self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor) -> Size:
         """Cut a skeleton of the model, prove that it can do without these groups, and return the size it would have.
 
@@ -177,17 +181,24 @@ class NeuronGraph:
         return Size(neurons, sum(p.numel() for p in small.parameters()), macs)
 
     def _cut_skeleton(
-        self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor, counts: bool = False
+        self,
+        model: nn.Module,
+        channels: Mapping[str, Channels],
+        gone: Tensor,
+        *,
+        counts: bool = False,
+        compares: bool = True,
     ) -> tuple[nn.Module, int]:
         """Return a skeleton of the model that does without these groups, and its multiply-accumulates if asked to."""
         small = skeleton(model)
         Surgery(small, kept_without(channels, gone)).apply()
-        return small, self._verify(small, without(channels, gone), counts)
+        return small, self._verify(small, without(channels, gone), counts, compares)
 
-    def _verify(self, pruned: nn.Module, channels: Mapping[str, Channels], counts: bool) -> int:
+    def _verify(self, pruned: nn.Module, channels: Mapping[str, Channels], counts: bool, compares: bool) -> int:
         """Prove on a skeleton that has been cut that each module reads exactly the neurons it should.
 
-        The smaller model is traced anew, so that what its code makes of its own widths is seen as well.
+        The smaller model is traced anew, so that what its code makes of its own widths is seen as well, and that trace
+        is compared with what the code does if asked to.
 
         Returns:
             Multiply-accumulates of one example in eval mode, biases and norms not counted, if asked to count.
@@ -195,24 +206,25 @@ class NeuronGraph:
         Raises:
             CutError: if a module reads others, or the model no longer runs or computes with other numbers.
         """
-        macs, modules = 0, dict(pruned.named_modules())
+        macs, modules, results = 0, dict(pruned.named_modules()), Results()
         for training, dense in self._programs.items():
             try:
                 small = Program.of(pruned, self.inputs, training, rules.is_leaf, dense.opaque)
             except UntraceableError as error:
                 raise CutError(f"after the cut, the model cannot be traced: {error}") from error
             small.opaque = dense.opaque
-            differs = first_difference(pruned, small, self.inputs)
+            differs = first_difference(pruned, small, self.inputs, results) if compares else None
             if differs is not None:
                 raise FailedAtError(
                     (training, differs), "what the code does around it depends on the number of neurons"
                 )
             for i, (a, b) in enumerate(zip(dense.graph.nodes, small.graph.nodes, strict=False)):
-                call = described(a, modules)
                 if (a.op, a.target) != (b.op, b.target):
-                    raise FailedAtError((training, i), f"{call} is reached or not depending on the number of neurons")
+                    what = "is reached or not depending on the number of neurons"
+                    raise FailedAtError((training, i), f"{described(a, modules)} {what}")
                 if wiring(a) != wiring(b):
-                    raise FailedAtError((training, i), f"{call} reads what depends on the number of neurons")
+                    what = "reads what depends on the number of neurons"
+                    raise FailedAtError((training, i), f"{described(a, modules)} {what}")
             ran = self._run(pruned, small, _Verification(channels), self._numbers, counts=counts and not training)
             macs = ran.flops // (2 * self.inputs.batch_size)  # eval mode comes last
         return macs
@@ -262,14 +274,18 @@ class NeuronGraph:
         return table
 
     def _try_cuts(self) -> FailedAtError | None:
-        """Cut skeletons at random and verify them; returns what went wrong first, if anything did."""
+        """Cut skeletons at random and verify them; returns what went wrong first, if anything did.
+
+        Code that is traced wrongly is looked for in one of them only, since it takes long; the cuts that are made look
+        for it again.
+        """
         groups = Groups.of({name: c.outputs for name, c in self.channels.items()})
         half = int(groups.neurons.sum()) // 2
         for seed in range(_TRIALS):
             scores = torch.rand(len(groups.ids), generator=torch.Generator().manual_seed(seed)).tolist()
             gone = groups.cheapest(scores, half, min_neurons=1, round_to=1)
             try:
-                self._cut_skeleton(self._bare, self.channels, gone)
+                self._cut_skeleton(self._bare, self.channels, gone, compares=seed == 0)
             except FailedAtError as failure:
                 return failure
         return None

@@ -601,8 +601,11 @@ def is_leaf(module: nn.Module) -> bool:
 
 def _registered(module: nn.Module) -> Rule | None:
     """Return the rule that a user has registered for the module's class, unless a cut might have to reach inside."""
+    rule = REGISTERED_MODULES.get(type(module))
+    if rule is None:
+        return None
     holds_scalars_only = all(t.numel() == 1 for t in (*module.parameters(), *module.buffers()))
-    return REGISTERED_MODULES.get(type(module)) if holds_scalars_only else None
+    return rule if holds_scalars_only else None
 
 
 def keeps_shape(target: Any) -> bool:

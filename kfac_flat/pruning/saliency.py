@@ -5,13 +5,14 @@ A neuron is gone exactly when no layer reads it any more, so let a mask m_i mult
     d objective / d m_i  =  sum over reading layers of  <W[:, i], d objective / d W[:, i]>
 
 and, for the penalty, the direct dependence of rho on m_i through A [HGNP eq. 5-6, written with weights].
-Theta_i is its absolute value, averaged over the optimizer steps seen.
+Theta_i is its absolute value, averaged over optimizer steps.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,14 +63,19 @@ class Saliency:
         consumers: Modules that read neurons, by name.
         inputs: For each of them the group that each of its input channels belongs to.
         ids: The groups that are scored, ascending.
+
+    Attributes:
+        every_step: Whether :meth:`record` has to be called at every step; otherwise some do.
     """
+
+    every_step: ClassVar[bool] = False
 
     def __init__(self, consumers: Mapping[str, nn.Module], inputs: Mapping[str, Tensor], ids: Tensor) -> None:
         self._consumers = consumers
         # Channels that cannot go are summed up in one place more than there are groups, and forgotten.
         self._slots = {name: places(ids, inputs[name]) for name in consumers}
         self._readers = {name: torch.unique(slots[slots < len(ids)]) for name, slots in self._slots.items()}
-        self._without_gradient = set(consumers)
+        self._without_gradient = {name for name, slots in self._readers.items() if len(slots)}
         self.total = torch.zeros(len(ids))
         self.steps = torch.zeros(())
 
@@ -87,7 +93,8 @@ class Saliency:
             direct: Gradient at the input masks that does not go through the weights, by the layer's weight, ``[C_in]``.
             scale: What the gradients in place have been multiplied with, if anything.
         """
-        weights: dict[str, nn.Parameter] = {n: layers.weight_of(m) for n, m in self._consumers.items()}
+        scored = [(n, m) for n, m in self._consumers.items() if len(self._readers[n])]  # the first reads no neurons
+        weights: dict[str, nn.Parameter] = {name: layers.weight_of(module) for name, module in scored}
         with_gradient = {
             w: name for name, w in weights.items() if w.grad is not None
         }  # one name where several share it

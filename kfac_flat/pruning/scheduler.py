@@ -21,6 +21,7 @@ from kfac_flat.pruning.checks import check_kinds, check_shared, checked_copies, 
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without
 from kfac_flat.pruning.groups import Groups
+from kfac_flat.pruning.readings import Readings
 from kfac_flat.pruning.remaining import NONE, Remaining
 from kfac_flat.pruning.report import PruneReport, Size, scalars
 from kfac_flat.pruning.saliency import Saliency
@@ -43,8 +44,8 @@ class NeuronPruner:
     A neuron is an output channel of a Linear or convolution, the model's own outputs not counted. Channels that a
     residual addition or a shared reader ties together go together. Which matter least is told by Theta, the first-order
     effect of removing them on the objective that the optimizer descends: the loss and, with :class:`FlatKFAC`, its
-    penalty [Ebrahimi & Klabjan, arXiv 2111.08577, eq. 5-6]. It is read from weights and gradients at each optimizer
-    step, at no extra pass. All layers compete, per neuron removed, unless ``ranking`` and ``per`` say otherwise; of
+    penalty [Ebrahimi & Klabjan, arXiv 2111.08577, eq. 5-6]. It is read from weights and gradients when the optimizer
+    steps, at no extra pass. All layers compete, per neuron removed, unless ``ranking`` and ``per`` say otherwise; of
     equals, the first goes first.
 
     Each removal takes as few groups as bring the budget down to what is due by then. A group goes as a whole, so that a
@@ -87,6 +88,9 @@ class NeuronPruner:
         per: What scores are counted per: the "neuron", "parameter" or "mac" that a removal saves, or the "group". With
             "mac", groups whose removal saves none, such as those of a head that is there in training only, stay.
         ignore: Layers whose neurons stay: names (shell patterns allowed) or classes.
+        readings: How many of an epoch's steps Theta is read at, spread evenly; up to twice as many where the numbers
+            do not go into each other, and all where there are fewer. A reading costs about what summing up the weights
+            and gradients does. None for every step.
         copies: Models of the same structure that are cut along, such as an ``AveragedModel`` or a teacher.
         keep_removed: Keep what the last removal took, so that :meth:`undo` can put it back. It takes as much memory as
             the removed entries of the parameters, their gradients and the optimizer's state did.
@@ -139,10 +143,12 @@ class NeuronPruner:
         normalize: str | None = None,
         per: str = "neuron",
         ignore: Iterable[str | type[nn.Module]] = (),
+        readings: int | None = 32,
         copies: Iterable[nn.Module] = (),
         keep_removed: bool = False,
     ) -> None:
         schedule = Schedule(start, every, events, pace)
+        self._readings = Readings(None if self._criterion.every_step else readings)
         self._options = Options(
             *(target, budget, neurons_per_event, min_neurons, max_share, max_step),
             *(1 if round_to is None else round_to, Ranking(ranking, normalize, per)),
@@ -251,7 +257,7 @@ class NeuronPruner:
     def _end(self, epoch: int, agreement: Agreement) -> tuple[PruneReport, list[Change]]:
         """Prepare what is to happen at the end of this epoch."""
         self._check_known()
-        own: dict[str, Any] = {"_epoch": epoch}
+        own: dict[str, Any] = {"_epoch": epoch, "_readings": self._readings.ended()}
         changes: list[Change] = []
         if self.finished:
             report = self._report(epoch, reason=_FINISHED)
@@ -339,7 +345,7 @@ class NeuronPruner:
         own: dict[str, Any] = {"_left": left, "_saliency": self._unscored(left)}
         surgery = Surgery(self._model, kept, self._optimizer, self._copies)
         if self._keep_removed:
-            before = {name: getattr(self, name) for name in (*own, "_epoch", "_event")}
+            before = {name: getattr(self, name) for name in (*own, "_epoch", "_event", "_readings")}
             own["_undo"] = Undo(surgery, kept, self._optimizer), before, len(self.history)
         return [*surgery.changes, setting(self, own)]
 
@@ -357,8 +363,8 @@ class NeuronPruner:
 
     def _record(self, stepping: Optimizer) -> None:
         """Score a step that ``stepping`` is about to make, on the gradients it is made with."""
-        if not self._saliency.fits():
-            return  # step(), which looks at all layers, will say so
+        if self.finished or not self._readings.next() or not self._saliency.fits():
+            return  # of layers that do not fit, step(), which looks at all, will tell
         optimizer = self._optimizer
         direct = optimizer.input_mask_gradients() if isinstance(optimizer, PenalisingOptimizer) else {}
         # A fused optimizer under a GradScaler divides by the scale itself, inside its step.
@@ -479,6 +485,7 @@ class NeuronPruner:
             "layers": {name: {"in": inputs, "out": outputs} for name, (inputs, outputs) in self._left.kept.items()},
             "epoch": self._epoch,
             "event": self._event,
+            "readings": [self._readings.before, self._readings.seen],
             "budget": self._options.budget,
             "original": self._options.amount(self._dense.size),
             "saliency": self._saliency.state_dict(),
@@ -494,7 +501,9 @@ class NeuronPruner:
             ValueError: if the state belongs to another model, or keeps what this one has lost; nothing has changed.
         """
         missing = [
-            key for key in ("layers", "epoch", "event", "budget", "original", "saliency") if key not in state_dict
+            key
+            for key in ("layers", "epoch", "event", "readings", "budget", "original", "saliency")
+            if key not in state_dict
         ]
         if missing:
             raise ValueError(f"this is no state of a NeuronPruner: it lacks {', '.join(missing)}")
@@ -527,6 +536,7 @@ class NeuronPruner:
         saliency = self._unscored(left)
         saliency.load_state_dict(state_dict["saliency"])
         loaded = {"_saliency": saliency, "_epoch": state_dict["epoch"], "_event": state_dict["event"], "_undo": None}
+        loaded["_readings"] = Readings(self._readings.per_epoch, *state_dict["readings"])
         if self._options.times:  # what the rest of the run is measured by
             size = replace(self._dense.size, latency=state_dict["original"])
             loaded["_dense"] = replace(self._dense, size=size)

@@ -223,10 +223,12 @@ def test_a_closure_given_by_keyword_to_flat_kfac_is_scored_with_the_penalty() ->
 
 
 def test_scores_begin_anew_after_a_cut() -> None:
-    model, x, optimizer, pruner = build("mlp")
+    model, x, optimizer, _ = build("mlp")
+    pruner = NeuronPruner(model, optimizer, x, target=0.5, start=1, every=1, events=2)
     F.cross_entropy(model(x), targets(x)).backward()
     optimizer.step()
     assert pruner.step()
+    assert not pruner.finished
     assert pruner._saliency.scores() is None
     optimizer.zero_grad()
     masked = Masked(model)
