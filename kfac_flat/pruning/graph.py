@@ -220,11 +220,13 @@ class NeuronGraph:
                 )
             for i, (a, b) in enumerate(zip(dense.graph.nodes, small.graph.nodes, strict=False)):
                 if (a.op, a.target) != (b.op, b.target):
-                    what = "is reached or not depending on the number of neurons"
-                    raise FailedAtError((training, i), f"{described(a, modules)} {what}")
+                    raise FailedAtError(
+                        (training, i), f"{described(a, modules)} is reached or not depending on the number of neurons"
+                    )
                 if wiring(a) != wiring(b):
-                    what = "reads what depends on the number of neurons"
-                    raise FailedAtError((training, i), f"{described(a, modules)} {what}")
+                    raise FailedAtError(
+                        (training, i), f"{described(a, modules)} reads what depends on the number of neurons"
+                    )
             ran = self._run(pruned, small, _Verification(channels), self._numbers, counts=counts and not training)
             macs = ran.flops // (2 * self.inputs.batch_size)  # eval mode comes last
         return macs
