@@ -2,8 +2,8 @@
 
 The traced model runs on tensors without data, and the ids of neurons run along (``ids.py``, ``rules.py``). Two neurons
 that meet in an addition are tied; a neuron that reaches the model's output, or an operation that no rule covers, is
-frozen. The same run on a model that has been cut proves that every layer reads exactly the neurons it should; cuts made
-at random on copies without data find whatever the rules get wrong, before any real one is made.
+frozen. The same run on a model that has been cut proves that every layer reads exactly the neurons it should; a cut
+that is tried on a copy without data finds whatever the rules get wrong, before any real one is made.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from kfac_flat.structure import Kept
 
 UNCALLED_REASON = "is not called by itself: it is unused, or inside a module that is not looked into"
 TOGETHER_REASON = "its neurons can only go all at once"
-
-_TRIALS = 2
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ class NeuronGraph:
         self.positions: dict[str, float] = {}
         self.macs = 0
         self.channels, self.frozen = self._group()
-        while (failure := self._try_cuts()) is not None:
+        while (failure := self._try_cut()) is not None:
             if failure.place in self._stuck:
                 raise ValueError(
                     f"{failure}, whichever neurons are cut: the model's code depends on the widths of its layers. "
@@ -181,24 +179,17 @@ class NeuronGraph:
         return Size(neurons, sum(p.numel() for p in small.parameters()), macs)
 
     def _cut_skeleton(
-        self,
-        model: nn.Module,
-        channels: Mapping[str, Channels],
-        gone: Tensor,
-        *,
-        counts: bool = False,
-        compares: bool = True,
+        self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor, counts: bool = False
     ) -> tuple[nn.Module, int]:
         """Return a skeleton of the model that does without these groups, and its multiply-accumulates if asked to."""
         small = skeleton(model)
         Surgery(small, kept_without(channels, gone)).apply()
-        return small, self._verify(small, without(channels, gone), counts, compares)
+        return small, self._verify(small, without(channels, gone), counts)
 
-    def _verify(self, pruned: nn.Module, channels: Mapping[str, Channels], counts: bool, compares: bool) -> int:
+    def _verify(self, pruned: nn.Module, channels: Mapping[str, Channels], counts: bool) -> int:
         """Prove on a skeleton that has been cut that each module reads exactly the neurons it should.
 
-        The smaller model is traced anew, so that what its code makes of its own widths is seen as well, and that trace
-        is compared with what the code does if asked to.
+        The smaller model is traced anew, so that what its code makes of its own widths is seen as well.
 
         Returns:
             Multiply-accumulates of one example in eval mode, biases and norms not counted, if asked to count.
@@ -213,7 +204,7 @@ class NeuronGraph:
             except UntraceableError as error:
                 raise CutError(f"after the cut, the model cannot be traced: {error}") from error
             small.opaque = dense.opaque
-            differs = first_difference(pruned, small, self.inputs, results) if compares else None
+            differs = first_difference(pruned, small, self.inputs, results)
             if differs is not None:
                 raise FailedAtError(
                     (training, differs), "what the code does around it depends on the number of neurons"
@@ -275,21 +266,13 @@ class NeuronGraph:
                 table.freeze(table.outputs[name], reason)
         return table
 
-    def _try_cuts(self) -> FailedAtError | None:
-        """Cut skeletons at random and verify them; returns what went wrong first, if anything did.
-
-        Code that is traced wrongly is looked for in one of them only, since it takes long; the cuts that are made look
-        for it again.
-        """
+    def _try_cut(self) -> FailedAtError | None:
+        """Cut a skeleton somehow and verify it; returns what went wrong, if anything did."""
         groups = Groups.of({name: c.outputs for name, c in self.channels.items()})
-        half = int(groups.neurons.sum()) // 2
-        for seed in range(_TRIALS):
-            scores = torch.rand(len(groups.ids), generator=torch.Generator().manual_seed(seed)).tolist()
-            gone = groups.cheapest(scores, half, min_neurons=1, round_to=1)
-            try:
-                self._cut_skeleton(self._bare, self.channels, gone, compares=seed == 0)
-            except FailedAtError as failure:
-                return failure
+        try:
+            self._cut_skeleton(self._bare, self.channels, groups.about_half(torch.Generator().manual_seed(0)))
+        except FailedAtError as failure:
+            return failure
         return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -190,17 +190,19 @@ class Groups:
         places[turns] = torch.cat([queue[:number] for queue, number in zip(queues, numbers, strict=True)])
         return Order(self.ids[places], sizes[sizes > 0].cumsum(0))
 
-    def cheapest(self, scores: Sequence[float], count: int, *, min_neurons: int, round_to: int) -> Tensor:
-        """Choose groups to remove, smallest score per neuron first, until ``count`` neurons are gone.
+    def about_half(self, generator: torch.Generator) -> Tensor:
+        """Draw about half of the groups of each kind, ascending ids, such that every layer is cut that can be.
 
-        Returns:
-            The chosen ids, ascending; fewer than asked for where the floors leave no more.
+        An odd number of each goes, so that code notices that asks whether a width is even, or a multiple of what is;
+        and numbers vary, so that layers of one width differ afterwards.
         """
-        floors = dict.fromkeys(self.widths, min_neurons)
-        order = self.order(
-            torch.tensor(scores, dtype=torch.float64), self.neurons.double(), floors=floors, round_to=round_to
-        )
-        return order.fewest(lambda gone: self.neurons_of(gone) >= count)
+        gone = []
+        for kind in self.kinds:
+            count = len(kind.groups)
+            drawn = torch.randperm(count, generator=generator)
+            about = count // 2 + int(torch.randint(-(count // 8), count // 8 + 1, (), generator=generator))
+            gone.append(kind.groups[drawn[: min((max(1, about) - 1) | 1, count - 1)]])
+        return self.ids[torch.cat([torch.zeros(0).long(), *gone])].sort().values
 
     def neurons_of(self, ids: Tensor) -> int:
         """Neurons in these groups."""

@@ -18,6 +18,7 @@ from kfac_flat.pruning.costs import Costs
 from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without
 from kfac_flat.pruning.groups import Groups
 from kfac_flat.pruning.surgery import Surgery
+from tests.pruning.choosing import cheapest
 from tests.pruning.masking import is_depthwise
 from tests.pruning.nets import CASES, LAYERS, Case, Net, call, conv, images, sequences
 
@@ -117,7 +118,7 @@ class Cuts:
         """Choose groups at random, none of the last ones of a layer."""
         scores = torch.rand(len(self.groups.ids), generator=torch.Generator().manual_seed(seed)).tolist()
         count = round(share * int(self.groups.neurons.sum()))
-        return self.groups.cheapest(scores, count, min_neurons=1, round_to=1)
+        return cheapest(self.groups, scores, count)
 
 
 def reads_all(model: nn.Module, name: str) -> bool:

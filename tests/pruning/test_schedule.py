@@ -14,6 +14,7 @@ from torch import Tensor, nn, optim
 
 from kfac_flat import NeuronPruner, PruneReport
 from kfac_flat.pruning.groups import Groups
+from tests.pruning.choosing import cheapest
 from tests.pruning.masking import prune_at_random, pruner_for, random_gradients
 from tests.pruning.nets import CASES, Net, conv
 
@@ -145,8 +146,8 @@ def test_the_smallest_theta_goes_first_over_all_layers() -> None:
 
 def test_a_group_is_ranked_by_its_theta_per_neuron() -> None:
     groups = Groups.of({"a": torch.tensor([1, 2]), "b": torch.tensor([1, 2]), "c": torch.tensor([3, 4])})
-    assert groups.cheapest([1.0, 9.0, 0.6, 9.0], 1, min_neurons=1, round_to=1).tolist() == [1]
-    assert groups.cheapest([1.0, 9.0, 0.4, 9.0], 1, min_neurons=1, round_to=1).tolist() == [3]
+    assert cheapest(groups, [1.0, 9.0, 0.6, 9.0], 1).tolist() == [1]
+    assert cheapest(groups, [1.0, 9.0, 0.4, 9.0], 1).tolist() == [3]
 
 
 def test_ties_are_broken_by_index() -> None:
@@ -322,7 +323,7 @@ def test_the_cheapest_groups_go_as_far_as_the_floors_allow(
     network: tuple[Groups, list[float]], count: int, floor: int
 ) -> None:
     groups, scores = network
-    chosen = set(groups.cheapest(scores, count, min_neurons=floor, round_to=1).tolist())
+    chosen = set(cheapest(groups, scores, count, floor).tolist())
     positions = {i: g for g, i in enumerate(groups.ids.tolist())}
     picked = {positions[i] for i in chosen}
     left = dict(groups.widths)
@@ -356,10 +357,25 @@ def test_rounding_leaves_multiples_or_whole_layers(
     network: tuple[Groups, list[float]], count: int, multiple: int
 ) -> None:
     groups, scores = network
-    chosen = groups.cheapest(scores, count, min_neurons=1, round_to=multiple).tolist()
+    chosen = cheapest(groups, scores, count, round_to=multiple).tolist()
     positions = {i: g for g, i in enumerate(groups.ids.tolist())}
     left = dict(groups.widths)
     for i in chosen:
         for name, number in members(groups, positions[i]).items():
             left[name] -= number
     assert all(w == groups.widths[n] or (w % multiple == 0 and w >= multiple) for n, w in left.items())
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(network=networks(), seed=st.integers(0, 2**32))
+def test_the_cut_that_is_tried_takes_an_odd_number_of_each_kind_and_leaves_some(
+    network: tuple[Groups, list[float]], seed: int
+) -> None:
+    groups, _ = network
+    gone = groups.about_half(torch.Generator().manual_seed(seed))
+    assert gone.tolist() == sorted(set(gone.tolist()) & set(groups.ids.tolist()))
+    for kind in groups.kinds:
+        went = int(torch.isin(groups.ids[kind.groups], gone).sum())
+        assert went == 0 if len(kind.groups) == 1 else went % 2 == 1 or went == len(kind.groups) - 1
+        assert went < len(kind.groups)
+        assert abs(went - len(kind.groups) / 2) <= len(kind.groups) / 8 + 1.5
