@@ -145,7 +145,7 @@ cifar, small_cifar, flowers, small_flowers, trained = (
 
 TASKS = {
     "digits": Task(lambda _: digits.load_data("cpu"), partial(DigitsNet, 32), epochs=24, last=13, batch_size=64),
-    "mnist-mlp": Task(load_mnist, lenet_300_100, epochs=12, last=7, batch_size=128, lr=0.05),
+    "mnist-mlp": Task(load_mnist, lenet_300_100, epochs=12, last=7, batch_size=128, lr=0.2),
     "mnist-lenet5": Task(load_mnist, lenet5, epochs=8, last=5, batch_size=128, lr=0.05),
     "cifar10-resnet18-small": small_cifar(partial(resnet18, 16)),
     "cifar10-vgg16bn-small": small_cifar(partial(vgg16_bn, 16, pools=4)),

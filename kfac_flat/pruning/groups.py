@@ -36,6 +36,8 @@ class Order:
     def fewest(self, enough: Callable[[Tensor], bool]) -> Tensor:
         """Return the groups of as many chunks, from the first, as are enough; all where that is not enough."""
         counts = range(len(self.ends))
+        if not enough(self.first(len(counts))):
+            return self.first(len(counts))
         return self.first(bisect.bisect_left(counts, True, key=lambda count: enough(self.first(count))))
 
 
