@@ -3,7 +3,8 @@
 For each model: seconds of the processor to trace it and find out which neurons go together, and for one cut (those of
 the clock are in the JSON file), and what is left. Half of the neurons that can go do so, about the same share of each
 layer; torch-pruning, measured beside it, is asked for half of each layer but the classifier. What exactly half of each
-layer would leave of the parameters, whoever prunes, stands beside what there really is. Each model and each library has
+layer would leave of the parameters, whoever prunes, stands beside what there really is, and so does what the half with
+the most parameters would leave, which is where ``NeuronPruner(per="parameter")`` leads. Each model and each library has
 a process and a time limit of its own. After the cut, the model runs in eval mode, where MACs are counted, and then
 forward and backward in train mode; an error stands in the column that could not be filled.
 
@@ -53,6 +54,7 @@ COLUMNS = {  # what is known of a cut, and how it is written
     "neurons": ("neurons\ngone", "{:.1%}"),
     "reach": ("params\nreached", "{:.1%}"),
     "half": ("params at\n½ of each", "{:.2f}x"),
+    "largest": ("params,\nlargest ½", "{:.2f}x"),
     "parameters": ("params\nfewer", "{:.2f}x"),
     "macs": ("MACs\nfewer", "{:.2f}x"),
     "trains": ("trains\non", "yes"),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import one_cut, pruner_speed, saliency_cost
-from benchmarks.one_cut import EvenPruner
+from benchmarks.one_cut import EvenPruner, LargestFirst
 from examples.torchvision_models import models
 from kfac_flat import NeuronPruner
 
@@ -36,6 +36,7 @@ def test_a_cut_is_measured_and_written_down_with_its_circumstances(tmp_path: Pat
     assert 0 < found["cut_cpu"] < 100
     assert found["neurons"] == pytest.approx(0.5, abs=0.01)
     assert found["reach"] > 0.99
+    assert found["largest"] > found["parameters"]
     assert 2.5 < found["parameters"] < 4.5  # the cut is even, and most parameters stand between two cut layers
     assert written["versions"]["torch"] == torch.__version__
     assert written["hardware"]["threads"] == 1
@@ -61,7 +62,7 @@ def test_what_fails_is_reported_in_a_word_and_in_full(tmp_path: Path) -> None:
 
 
 def test_a_result_says_what_was_known_before_it_failed() -> None:
-    assert pruner_speed.cells({"build_cpu": 1.234, "error": "> 9 s"}) == ["1.23", "> 9 s", *[""] * 6]
+    assert pruner_speed.cells({"build_cpu": 1.234, "error": "> 9 s"}) == ["1.23", "> 9 s", *[""] * 7]
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, cut: Any) -> dict[str, Any]:
@@ -111,6 +112,14 @@ def test_the_even_pruner_takes_about_half_of_every_layer() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     report = EvenPruner(model, optimizer, torch.randn(1, 4), target=0.5, start=1, events=1).step()
     assert all(0.4 < report.widths_after[name] / report.widths_before[name] < 0.6 for name in ("0", "2"))
+
+
+def test_the_largest_neurons_go_first() -> None:
+    model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 100))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"target": 0.2, "per": "parameter", "max_share": 0.5, "start": 1, "events": 1}
+    pruner = LargestFirst(model, optimizer, torch.randn(1, 4), **options)
+    assert pruner.plan().widths_after == {"0": 38, "2": 10, "4": 100}  # 4 + 1 + 20 parameters each, and 40 + 1 + 100
 
 
 def test_recording_is_timed_beside_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
