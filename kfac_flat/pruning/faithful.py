@@ -88,7 +88,7 @@ class Results:
         """Call an operation on tensors without data, or return what an equal call did."""
         if not _makes_new_tensors(func):
             return func(*args, **kwargs)
-        call = (func, _comparable(args), _comparable(tuple(kwargs.items())))
+        call = func, _comparable(args), _comparable(tuple(kwargs.items())) if kwargs else ()
         known = self._known.get(call)
         if known is not None:
             return map_tensors(_another, known)
@@ -139,7 +139,7 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self._follows = False
-        called_with = self._name(args), self._name(tuple(kwargs.items()))
+        called_with = self._name(args), self._name(tuple(kwargs.items())) if kwargs else ()
         if not self._follows:
             return func(*args, **kwargs)
         result = self._results.of(func, args, kwargs)
@@ -163,6 +163,8 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _name(self, value: Any) -> Any:
         """Write a value such that it can be compared, and note whether it holds a tensor that is followed."""
+        if type(value) is int:
+            return value
         if isinstance(value, Tensor):
             name = self._names.get(id(value))
             self._follows |= name is not None

@@ -166,7 +166,6 @@ class NeuronGraph:
             elif held or computed:
                 self.frozen.setdefault(name, f"{type(module).__name__} has no rule, or is not called as a module")
 
-    @no_collection()
     def measure(self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor) -> Size:
         """Cut a skeleton of the model, prove that it can do without these groups, and return the size it would have.
 

@@ -41,6 +41,8 @@ def narrowed(*tensors: Tensor) -> list[Tensor]:
 
 def varying_dims(ids: Tensor) -> list[int]:
     """Axes along which the ids differ."""
+    if not any(ids.stride()):
+        return []  # as those of what is no neuron are most often
     (small,) = narrowed(ids)
     varying = []
     for d in (d for d, size in enumerate(small.shape) if size > 1):

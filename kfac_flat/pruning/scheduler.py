@@ -18,6 +18,7 @@ from kfac_flat.changes import Change, appending, make_all, setting, truncating
 from kfac_flat.distributed import Agreement
 from kfac_flat.pruning.budget import ROUNDING, Options, Ranking, Schedule
 from kfac_flat.pruning.checks import check_kinds, check_shared, checked_copies, ignored, trained_elsewhere
+from kfac_flat.pruning.collection import no_collection
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without
 from kfac_flat.pruning.groups import Groups
@@ -242,6 +243,7 @@ class NeuronPruner:
     # ---------------------------------------------------------------- stepping
 
     @torch.inference_mode(False)  # what is made there could never be trained
+    @no_collection()
     def step(self) -> PruneReport:
         """End an epoch: remove neurons if the schedule says so, and report.
 

@@ -278,6 +278,9 @@ def _names_unpacked_into(code: types.CodeType, offset: int) -> int | None:
 _TRACE_ERRORS = (fx.proxy.TraceError, TypeError, RuntimeError, ValueError, AttributeError, LookupError)
 
 
+_PLAIN = (int, float, bool, str, type(None))
+
+
 class _Tracer(fx.Tracer):
     """Symbolic tracing that remembers the innermost submodule in which it failed.
 
@@ -391,6 +394,8 @@ class _Tracer(fx.Tracer):
         """Find a tensor by identity at once, rather than by a walk through the whole model each time."""
         if isinstance(a, fx.Proxy):  # as most are
             return a.node
+        if type(a) in _PLAIN:
+            return a
         if not isinstance(a, Tensor):
             return super().create_arg(a)
         name = self._tensor_names.get(id(a)) or self.tensor_attrs.get(a)
