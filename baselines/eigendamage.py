@@ -20,7 +20,7 @@ from kfac_flat.curvature.layers import Layer, groups_of, input_factor, is_layer,
 from kfac_flat.curvature.likelihood import Likelihood, resolve
 from kfac_flat.curvature.radius import LayerData
 from kfac_flat.curvature.twin import unread_modules
-from kfac_flat.pruning.budget import ROUNDING, Options, Ranking, Schedule
+from kfac_flat.pruning.budget import Options, Ranking, Schedule
 from kfac_flat.pruning.checks import check_kinds, check_shared, ignored, trained_elsewhere
 from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.graph import UNCALLED_REASON, NeuronGraph
@@ -169,7 +169,7 @@ class EigenDamagePruner:
     @property
     def finished(self) -> bool:
         """Whether the target has been reached, or all events have passed."""
-        return self.progress >= self._options.target - ROUNDING or self._event >= self._schedule.events
+        return self._options.reached(self.progress) or self._event >= self._schedule.events
 
     @property
     def size(self) -> Size:
@@ -208,7 +208,7 @@ class EigenDamagePruner:
         own: dict[str, Any] = {"_epoch": epoch}
         changes: list[Change] = []
         if self.finished:
-            report = self._report(epoch, reason="finished: the target has been reached or all events have passed")
+            report = self._report(epoch, reason=self._options.why_finished(self.progress))
         elif not self._schedule.is_due(epoch):
             report = self._report(epoch, reason=f"the schedule has no removal at the end of epoch {epoch}")
         else:
@@ -222,7 +222,7 @@ class EigenDamagePruner:
     def plan(self) -> PruneReport:
         """Tell what the next removal would do if it came now; nothing changes."""
         if self.finished:
-            return self._report(self._epoch, reason="finished: the target has been reached or all events have passed")
+            return self._report(self._epoch, reason=self._options.why_finished(self.progress))
         return self._choose(self._epoch)[0]
 
     def _choose(self, epoch: int) -> tuple[PruneReport, dict[str, RotatedLayer]]:

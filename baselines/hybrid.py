@@ -153,8 +153,8 @@ class Statistics:
 class ThresholdPredictor:
     """Predict the threshold of a task from its statistics: a Lasso on experiments whose best threshold is known.
 
-    Features are standardised, so that the Lasso's penalty means the same to all. Needs scikit-learn:
-    ``pip install "kfac-flat[baselines]"``.
+    Features are standardised, so that the Lasso's penalty means the same to all. Needs scikit-learn, which
+    comes with the extra ``baselines``.
 
     Args:
         alpha: Weight of the Lasso's penalty; the larger, the fewer statistics count.

@@ -32,10 +32,14 @@ autodoc_typehints_description_target = "documented_params"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+autodoc_mock_imports = ["accelerate", "lightning", "transformers"]
 # Names of other projects, to be fetched if they were to be linked, and aliases of types.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|nn|collections|typing|os|pathlib)\..*"),
-    ("py:class", "Tensor|Optimizer|Schedule|Likelihood|Target|Rule"),
+    (
+        "py:.*",
+        r"(torch|nn|collections|typing|os|pathlib|accelerate|lightning|transformers)\..*",
+    ),
+    ("py:class", "Tensor|Optimizer|Schedule|Likelihood|Target|Rule|Trainer"),
 ]
 
 html_theme = "furo"

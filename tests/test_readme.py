@@ -24,12 +24,12 @@ def code_blocks() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_code_blocks_run_and_the_second_rebuilds_what_the_first_saved(
+def test_the_code_blocks_run_and_the_last_rebuilds_what_the_first_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    train, load, _ = code_blocks()
+    train, _, load = code_blocks()
     loader = [(torch.randn(12, 6), torch.arange(12) % 3) for _ in range(3)]
     trained: dict[str, Any] = {
         "build_model": build_model,
@@ -56,7 +56,7 @@ def test_the_options_shown_are_taken_and_the_picture_is_drawn(tmp_path: Path, mo
         "ema": AveragedModel(model),
         "accuracy": [98.0],
     }
-    exec("from kfac_flat import NeuronPruner\n" + code_blocks()[2], given)
+    exec("from kfac_flat import NeuronPruner\n" + code_blocks()[1], given)
     assert {path.name for path in tmp_path.iterdir()} == {"widths.png", "run.html"}
 
 

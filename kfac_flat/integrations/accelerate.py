@@ -1,6 +1,6 @@
 """Accelerate: FlatKFAC and NeuronPruner are used as they are; this makes a checkpoint hold the pruner.
 
-Needs ``pip install kfac-flat[accelerate]``.
+Needs the extra ``accelerate``.
 """
 
 from __future__ import annotations

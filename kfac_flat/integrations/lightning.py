@@ -1,6 +1,6 @@
 """Lightning: a callback that steps a NeuronPruner; FlatKFAC needs none, ``configure_optimizers`` returns it.
 
-Needs ``pip install kfac-flat[lightning]``.
+Needs the extra ``lightning``.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from kfac_flat.wrapper import OptimizerWrapper
 
 
 class NeuronPruning(Callback):
-    """Remove neurons between training epochs, with a :class:`NeuronPruner`, and log what is there.
+    """Remove neurons between training epochs, with a :class:`~kfac_flat.NeuronPruner`, and log what is there.
 
     What is pruned is the module that the optimizer of ``configure_optimizers`` was given, where that is a
-    :class:`FlatKFAC`, otherwise the whole LightningModule. An epoch's removal comes when the next one begins (that of
-    the last epoch when training ends), so that validation, metrics and checkpoints of an epoch are those of one model.
-    ``rho`` (with FlatKFAC) and :meth:`NeuronPruner.scalars` are logged. Checkpoints hold the pruner's state, and
-    ``trainer.fit(..., ckpt_path=...)`` goes on from them with a module that is built as at the start.
+    :class:`~kfac_flat.FlatKFAC`, otherwise the whole LightningModule. An epoch's removal comes when the next one begins
+    (that of the last epoch when training ends), so that validation, metrics and checkpoints of an epoch are those of
+    one model. ``rho`` (with FlatKFAC) and :meth:`~kfac_flat.NeuronPruner.scalars` are logged. Checkpoints hold the
+    pruner's state, and ``trainer.fit(..., ckpt_path=...)`` goes on from them with a module that is built as at the
+    start.
 
     Args:
         example_inputs: What the pruned module is called with, such as one batch ``x[:1]``; None for the
             LightningModule's ``example_input_array``.
-        **options: Those of :class:`NeuronPruner`.
+        **options: Those of :class:`~kfac_flat.NeuronPruner`.
 
     Attributes:
         pruner: The pruner, once the fit has begun.

@@ -1,6 +1,6 @@
 """The Trainer of transformers: a callback that steps a NeuronPruner; FlatKFAC is given as ``optimizers=``.
 
-Needs ``pip install kfac-flat[transformers]``.
+Needs the extra ``transformers``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class NeuronPruning(TrainerCallback):
 
     An epoch's removal comes when the next one begins (that of the last epoch when training ends), so that evaluation,
     metrics and checkpoints of an epoch are those of one model. ``rho`` (with FlatKFAC) and
-    :meth:`NeuronPruner.scalars` are logged.
+    :meth:`~kfac_flat.NeuronPruner.scalars` are logged.
 
     Args:
         trainer: The Trainer that this is a callback of.

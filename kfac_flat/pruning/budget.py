@@ -137,6 +137,16 @@ class Options:
             return original - round(self.target * share * original)
         return original - min(event * self.neurons_per_event, round(self.target * original))
 
+    def reached(self, progress: float) -> bool:
+        """Tell whether so large a share of the budget gone is enough."""
+        return progress >= self.target - ROUNDING
+
+    def why_finished(self, progress: float) -> str:
+        """Say why nothing more goes."""
+        if self.reached(progress):
+            return "finished: the target has been reached"
+        return "finished: all removals have been made"
+
     def floors(self, widths: Mapping[str, int], original: Mapping[str, int]) -> dict[str, int]:
         """Return how many neurons each layer keeps at least in the next removal, by name."""
         return {

@@ -1,4 +1,4 @@
-"""Pictures of pruned networks; the one module that needs matplotlib (``pip install kfac-flat[plot]``)."""
+"""Pictures of pruned networks; the one module that needs matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 

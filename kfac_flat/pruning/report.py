@@ -202,7 +202,7 @@ class PruneReport:
             The path.
 
         Raises:
-            ImportError: if matplotlib is not installed; it comes with ``pip install kfac-flat[plot]``.
+            ImportError: if matplotlib is not installed; it comes with the extra ``plot``.
             ValueError: if matplotlib does not know the format.
         """
         try:
@@ -210,7 +210,7 @@ class PruneReport:
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != "matplotlib":
                 raise
-            raise ImportError("PruneReport.plot draws with matplotlib: pip install kfac-flat[plot]") from error
+            raise ImportError("PruneReport.plot draws with matplotlib: pip install matplotlib") from error
         sizes = [f"{before:,} → {after:,} {what}, {fewer(before, after)}" for what, before, after in self._sizes]
         return picture.draw_widths(
             self.widths_before,

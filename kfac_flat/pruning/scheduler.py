@@ -203,7 +203,7 @@ class NeuronPruner:
     @property
     def finished(self) -> bool:
         """Whether the target has been reached, or all events have passed."""
-        return self.progress >= self._options.target - ROUNDING or self._event >= self._schedule.events
+        return self._options.reached(self.progress) or self._event >= self._schedule.events
 
     @property
     def size(self) -> Size:
@@ -262,7 +262,7 @@ class NeuronPruner:
         own: dict[str, Any] = {"_epoch": epoch, "_readings": self._readings.ended()}
         changes: list[Change] = []
         if self.finished:
-            report = self._report(epoch, reason=_FINISHED)
+            report = self._report(epoch, reason=self._options.why_finished(self.progress))
         elif not self._schedule.is_due(epoch):
             report = self._report(epoch, reason=f"the schedule has no removal at the end of epoch {epoch}")
         elif (scores := agreement.on_scores(self._scores())) is None:
@@ -280,7 +280,9 @@ class NeuronPruner:
         self._check_known()
         scores = self._scores()
         if self.finished or scores is None:
-            return self._report(self._epoch, reason=_FINISHED if self.finished else _UNSCORED)
+            return self._report(
+                self._epoch, reason=self._options.why_finished(self.progress) if self.finished else _UNSCORED
+            )
         return self._choose(self._epoch, scores)[0]
 
     @torch.inference_mode(False)  # what is made there could never be trained
@@ -545,7 +547,6 @@ class NeuronPruner:
         make_all([*self._cut(gone, left.size), setting(self, loaded)])
 
 
-_FINISHED = "finished: the target has been reached or all events have passed"
 _UNSCORED = "no optimizer step with finite gradients since the last removal, so nothing is known of the neurons"
 
 

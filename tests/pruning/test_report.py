@@ -229,7 +229,7 @@ def test_without_matplotlib_all_but_the_picture_works_and_the_error_tells_what_t
         "try:\n    report.plot('x.png')\nexcept ImportError as error:\n    print(error)",
     )
     assert "2.00x fewer" in printed
-    assert "pip install kfac-flat[plot]" in printed
+    assert "pip install matplotlib" in printed
 
 
 # ---------------------------------------------------------------- who is left
