@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,15 +30,16 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import kfac_flat
+from benchmarks.commands import Parser, begin, share
 from benchmarks.execution import AMP, PLAIN, Execution
 from benchmarks.methods import METHODS, Method
 from benchmarks.noise import disturbed
 from benchmarks.pretrained import Weights, starting_from
-from benchmarks.records import Record, circumstances, command_line, identity, in_file_of_task, make_missing
+from benchmarks.records import Record, circumstances, identity, in_file_of_task, make_missing
 from benchmarks.sizes import measured
 from benchmarks.tasks import TASKS, Task, accuracy
 from benchmarks.training import BUDGETS, train
-from examples.digits import Images, whole
+from examples.digits import Images
 from kfac_flat.pruning.latency import latency
 from kfac_flat.pruning.tracing import ExampleInputs
 
@@ -162,18 +162,12 @@ def loaded(task: Task, root: Path | None, device: str) -> tuple[Images, Images]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    run_all(options, Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+    run_all(options, begin(options))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy",
-        description="Compare methods by the accuracy that is left at given sparsities.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("accuracy", "Compare methods by the accuracy that is left at given sparsities.")
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["digits"], help="what to train on")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=["hgnp", "taylor"], help="how")
     amounts = parser.add_mutually_exclusive_group()
@@ -184,13 +178,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--speedup", nargs="+", type=speedup, metavar="TIMES", help="fewer MACs, instead of a share with --budget macs"
     )
     parser.add_argument("--budget", choices=BUDGETS, default="neurons", help="what --sparsity is a share of")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="repetitions")
-    parser.add_argument("--epochs", type=whole(1), help="of training; each task has its own unless given")
-    parser.add_argument("--data-root", type=Path, help="folder with MNIST/ or cifar-10-batches-py/, as of torchvision")
+    parser.add_shared("--seeds", default=[0, 1, 2])
+    parser.add_shared("--epochs")
+    parser.add_shared("--data-root", help="folder with MNIST/ or cifar-10-batches-py/, as of torchvision")
     parser.add_argument(
         "--pretrained", type=Weights.read, metavar="FILE", help="state dict that tasks -pretrained start from"
     )
-    parser.add_argument("--device", default="cpu", help="torch device to run on")
+    parser.add_shared("--device")
     parser.add_argument("--amp", choices=AMP, help="type that autocast uses in training")
     parser.add_argument(
         "--compile",
@@ -200,16 +194,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="compile training before and after removals",
     )
     parser.add_argument("--channels-last", action="store_true", help="lay weights of convolutions out that way")
-    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
-    options = parser.parse_args(arguments)
+    parser.add_shared("--threads")
+    parser.add_shared("--out", default=RESULTS)
+    options = parser.read(arguments)
     if options.speedup:
         options.sparsity, options.budget = options.speedup, "macs"
     training = [name for name in options.method if METHODS[name].pruner is None]
     if training and any(options.sparsity):
         parser.error(f"--method {' '.join(training)} removes no neurons: give --sparsity 0")
     check_pretrained(parser, options)
-    options.command = command_line(parser, arguments, options.data_root)
     return options
 
 
@@ -231,14 +224,6 @@ def speedup(text: str) -> float:
     if not 1 <= times < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return 1 - 1 / times
-
-
-def share(text: str) -> float:
-    """Read a share in [0, 1)."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and less than 1")
-    return value
 
 
 if __name__ == "__main__":

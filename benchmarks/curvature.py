@@ -14,11 +14,10 @@ Each run adds a line to ``TASK.jsonl``; runs that are there already are not repe
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -28,19 +27,20 @@ from torch import Tensor, nn
 import kfac_flat
 from benchmarks import curvature_page
 from benchmarks.accuracy import sharpness
-from benchmarks.defaults import SGD, SMALL_TASKS, optimizer_of
+from benchmarks.commands import Parser, begin
+from benchmarks.defaults import SGD, SMALL_TASKS, known_setting, optimizer_of
 from benchmarks.hessian import TrueCurvature, largest_eigenvalue
 from benchmarks.records import (
     Record,
     circumstances,
-    command_line,
     identity,
     in_file_of_task,
     make_missing,
     read_records,
 )
+from benchmarks.report import write_page
 from benchmarks.tasks import Task, accuracy
-from examples.digits import Images, whole
+from examples.digits import Images
 
 RESULTS = Path("benchmarks/results/curvature")
 PAGE = Path("docs/results/curvature.md")
@@ -172,7 +172,6 @@ def planned(options: argparse.Namespace) -> Iterator[Record]:
 
 def run_all(options: argparse.Namespace, console: Console) -> None:
     """Make the runs that are missing."""
-    options.out.mkdir(parents=True, exist_ok=True)
     data = cache(lambda name: TASKS[name].load(options.data_root))
 
     def make(record: Record, advance: Callable[[float], None]) -> Record:
@@ -189,40 +188,37 @@ def run_all(options: argparse.Namespace, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
     if options.report:
         records = [r for task in TASKS for r in read_records(options.out / f"{task}.jsonl")]
         if not records:
             raise SystemExit(f"there are no runs in {options.out}")
-        curvature_page.write(records, options.page)
+        write_page(options.page, partial(curvature_page.lines, records))
     else:
-        run_all(options, Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+        run_all(options, begin(options))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.curvature",
-        description="Compare rho with the true curvature, and with the length of the weights, along training runs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(
+        "curvature", "Compare rho with the true curvature, and with the length of the weights, along training runs."
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to train on")
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), metavar="SETTING", help="of FlatKFAC, or sgd")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="repetitions")
-    parser.add_argument("--epochs", type=whole(1), help="of training; each task has its own unless given")
-    parser.add_argument("--data-root", type=Path, help="folder with MNIST/, as of torchvision")
-    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        type=known_setting,
+        default=list(SETTINGS),
+        metavar="SETTING",
+        help="of FlatKFAC, or sgd",
+    )
+    parser.add_shared("--seeds", default=[0, 1])
+    parser.add_shared("--epochs")
+    parser.add_shared("--data-root", help="folder with MNIST/, as of torchvision")
+    parser.add_shared("--threads")
+    parser.add_shared("--out", default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE, help="what --report writes, pictures beside it")
     parser.add_argument("--report", action="store_true", help="write the page of the runs there are, and run nothing")
-    options = parser.parse_args(arguments)
-    for setting in options.settings:
-        try:
-            optimizer_of(setting)
-        except ValueError as error:
-            parser.error(str(error))
-    options.command = command_line(parser, arguments, options.data_root)
-    return options
+    return parser.read(arguments)
 
 
 if __name__ == "__main__":

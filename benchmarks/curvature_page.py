@@ -231,13 +231,6 @@ def draw_settings(runs: Sequence[Record], path: Path) -> None:
 # ---------------------------------------------------------------- the page
 
 
-def write(records: Sequence[Record], page: Path) -> None:
-    """Write the page, and draw its pictures into a folder of its name."""
-    pictures = page.with_suffix("")
-    pictures.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join(lines(records, pictures)) + "\n")
-
-
 def lines(records: Sequence[Record], pictures: Path) -> Iterator[str]:
     """Write the lines of the page, and draw its pictures."""
     yield from PREFACE.splitlines()

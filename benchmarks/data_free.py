@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,15 +27,15 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
 from baselines import DataFreePruner, MagnitudePruner
-from benchmarks.policy import spread
-from benchmarks.pruner_speed import progress_bar, write
+from benchmarks.commands import Parser, begin
+from benchmarks.pruner_speed import write
+from benchmarks.records import progress_bar, spread
 from examples.digits import Images, whole
 from examples.torchvision_models import datasets
 from kfac_flat import NeuronPruner
@@ -173,9 +171,7 @@ def start_of(run: Mapping[str, Any]) -> tuple[Any, ...]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = begin(options)
     data = load(options.data_root, True, options.images)
     if options.held_out:
         data, test = split(data, options.held_out)
@@ -200,29 +196,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.data_free",
-        description="Prune LeNets on MNIST without data and without training.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--data-root", type=Path, required=True, help="folder with MNIST/raw/, as torchvision reads it")
+    parser = Parser("data_free", "Prune LeNets on MNIST without data and without training.")
+    parser.add_shared("--data-root", required=True, help="folder with MNIST/raw/, as torchvision reads it")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="what to train")
     parser.add_argument(
         "--shares", nargs="+", type=float, default=[0.5, 0.7, 0.8, 0.85], help="of the parameters to go"
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="repetitions")
+    parser.add_shared("--seeds", default=[0, 1])
     parser.add_argument("--epochs", type=whole(1), help="of training; each network has its own unless given")
     parser.add_argument("--weight-decays", nargs="+", type=float, default=[5e-4, 5e-3], help="in training")
     parser.add_argument("--initials", nargs="+", type=float, default=[1.0], help="factors of Linears' initial weights")
     parser.add_argument("--held-out", type=whole(1), help="measure on the last so many training images instead")
     parser.add_argument("--images", type=whole(1), help="use only the first so many of each part")
-    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/data_free"), help="folder for results")
-    options = parser.parse_args(arguments)
+    parser.add_shared("--threads")
+    parser.add_shared("--out", default=Path("benchmarks/results/data_free"))
+    options = parser.read(arguments)
     options.peer, options.saliency = False, True  # torch-pruning takes no part
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    given[given.index("--data-root") + 1] = "DATA"  # where it lies is nobody's business
-    options.command = f"{parser.prog} {shlex.join(given)}"
     return options
 
 

@@ -17,14 +17,12 @@ that are there already are not repeated. Run it with ``python -m benchmarks.defa
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -33,19 +31,20 @@ from torch.optim import Optimizer
 
 from baselines import SAM
 from benchmarks import policy
-from benchmarks.accuracy import run, share
+from benchmarks.accuracy import run
+from benchmarks.commands import Parser, begin, share
 from benchmarks.images import load_mnist
 from benchmarks.methods import Method
 from benchmarks.records import (
     Record,
     circumstances,
-    command_line,
     how_made,
     identity,
     in_file_of_task,
     make_missing,
     read_records,
     spread,
+    write_tables,
 )
 from benchmarks.tasks import CRITERION, TASKS
 from examples.digits import Images
@@ -180,12 +179,7 @@ def report(options: argparse.Namespace, console: Console) -> None:
     records = [r for task in SMALL_TASKS for r in read_records(options.out / f"{task}.jsonl")]
     if not records:
         raise SystemExit(f"there are no runs in {options.out}")
-    with (options.out / "tables.txt").open("w") as file:
-        for target in (console, Console(file=file, width=200)):
-            for table in tables(records):
-                target.print(table)
-            for line in how_made(records):
-                target.print(line, soft_wrap=True, highlight=False, markup=False)
+    write_tables(options.out / "tables.txt", tables(records), how_made(records), console, width=200)
 
 
 # ---------------------------------------------------------------- the command
@@ -194,33 +188,26 @@ def report(options: argparse.Namespace, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console = begin(options, width=200)
     (report if options.report else run_all)(options, console)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.defaults",
-        description="Compare FlatKFAC's settings by the accuracy that is left at given sparsities.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("defaults", "Compare FlatKFAC's settings by the accuracy that is left at given sparsities.")
     parser.add_argument("--tasks", nargs="+", choices=SMALL_TASKS, default=list(SMALL_TASKS), help="what to train on")
-    parser.add_argument("--settings", nargs="+", type=_setting, default=list(SETTINGS), metavar="SETTING")
+    parser.add_argument("--settings", nargs="+", type=known_setting, default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--sparsity", nargs="+", type=share, default=[0.0, 0.5, 0.75, 0.9], metavar="SHARE")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), metavar="SEED", help="repetitions")
-    parser.add_argument("--data-root", type=Path, help="folder with MNIST/ and cifar-10-batches-py/, as of torchvision")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
+    parser.add_shared("--seeds", default=list(range(5)))
+    parser.add_shared("--data-root", help="folder with MNIST/ and cifar-10-batches-py/, as of torchvision")
+    parser.add_shared("--threads")
+    parser.add_shared("--out", default=RESULTS)
     parser.add_argument("--report", action="store_true", help="write the tables of the runs there are, and run nothing")
-    options = parser.parse_args(arguments)
-    options.command = command_line(parser, arguments, options.data_root)
-    return options
+    return parser.read(arguments)
 
 
-def _setting(text: str) -> str:
+def known_setting(text: str) -> str:
+    """See that there is such a setting."""
     try:
         optimizer_of(text)
     except ValueError as error:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,12 +34,12 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR
 
 from baselines import ChannelOBDPruner, ChannelOBSPruner, EigenDamagePruner, KronOBDPruner, KronOBSPruner
+from benchmarks.commands import Parser, begin
 from benchmarks.images import load_small_cifar
 from benchmarks.networks import CifarNet, cifar_resnet
 from benchmarks.policy import by_seed
-from benchmarks.records import Record, circumstances, command_line, how_made, make_missing, read_records, spread
-from examples import digits
-from examples.digits import Images, accuracy
+from benchmarks.records import Record, circumstances, how_made, make_missing, read_records, spread, write_tables
+from examples.digits import Images, accuracy, share, whole
 
 METHODS: dict[str, Callable[..., Any]] = {
     "C-OBD": ChannelOBDPruner,
@@ -246,12 +245,7 @@ def report(options: argparse.Namespace, console: Console) -> None:
     records = read_records(options.runs)
     if not records:
         raise SystemExit(f"{options.runs} holds no runs yet")
-    with (options.out / "table.txt").open("w") as file:
-        for target in (console, Console(file=file, width=160)):
-            for table in tables(records):
-                target.print(table)
-            for line in (*EXPLANATION, *how_made(records)):
-                target.print(line, soft_wrap=True, highlight=False, markup=False)
+    write_tables(options.out / "table.txt", tables(records), [*EXPLANATION, *how_made(records)], console)
 
 
 EXPLANATION = (
@@ -267,9 +261,7 @@ EXPLANATION = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = begin(options)
     if not options.report:
         run_all(options, console)
     report(options, console)
@@ -277,38 +269,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.eigendamage",
-        description="Compare EigenDamage with pruning in parameter coordinates at equal parameters.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    whole = digits.whole(1)
+    parser = Parser("eigendamage", "Compare EigenDamage with pruning in parameter coordinates at equal parameters.")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="what is pruned")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="how")
     parser.add_argument("--levels", nargs="+", type=share, default=[0.6, 0.8, 0.9], metavar="SHARE", help="parameters")
-    parser.add_argument("--passes", nargs="+", type=whole, default=[1, 3], help="removals, with fine-tuning in between")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="SEED", help="repetitions")
-    parser.add_argument("--width", type=whole, default=16, help="channels of the first layer")
-    parser.add_argument("--epochs", type=whole, default=20, help="of training before")
-    parser.add_argument("--tuning", type=whole, default=6, help="epochs of fine-tuning, the passes among them")
+    parser.add_argument(
+        "--passes", nargs="+", type=whole(1), default=[1, 3], help="removals, with fine-tuning in between"
+    )
+    parser.add_shared("--seeds", default=[0, 1])
+    parser.add_argument("--width", type=whole(1), default=16, help="channels of the first layer")
+    parser.add_argument("--epochs", type=whole(1), default=20, help="of training before")
+    parser.add_argument("--tuning", type=whole(1), default=6, help="epochs of fine-tuning, the passes among them")
     parser.add_argument("--seen", type=share, default=0.25, metavar="SHARE", help="images seen in an epoch, drawn anew")
-    parser.add_argument("--fisher", type=whole, default=512, help="images on which the Fisher is read")
-    parser.add_argument("--data-root", type=Path, help="folder with cifar-10-batches-py/, as torchvision reads it")
-    parser.add_argument("--threads", type=whole, default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/eigendamage"), help="folder for results")
+    parser.add_argument("--fisher", type=whole(1), default=512, help="images on which the Fisher is read")
+    parser.add_shared("--data-root", help="folder with cifar-10-batches-py/, as torchvision reads it")
+    parser.add_shared("--threads")
+    parser.add_shared("--out", default=Path("benchmarks/results/eigendamage"))
     parser.add_argument("--report", action="store_true", help="lay out the runs that are there, and run nothing")
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     options.runs = options.out / "runs.jsonl"
-    options.command = command_line(parser, arguments, options.data_root)
     return options
-
-
-def share(text: str) -> float:
-    """Read a share in (0, 1)."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must lie in (0, 1)")
-    return value
 
 
 if __name__ == "__main__":

@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 
@@ -29,14 +28,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import kfac_flat
-from benchmarks.accuracy import MEASURED, loaded, share, sharpness
+from benchmarks.accuracy import MEASURED, loaded, sharpness
+from benchmarks.commands import Parser, begin, share
 from benchmarks.hessian import Product, TrueCurvature, largest_eigenvalue
 from benchmarks.methods import METHODS
 from benchmarks.noise import disturbed
 from benchmarks.records import (
     Record,
     circumstances,
-    command_line,
     how_made,
     identity,
     in_file_of_task,
@@ -44,11 +43,11 @@ from benchmarks.records import (
     read_records,
     spread,
 )
-from benchmarks.report import table
+from benchmarks.report import table, write_page
 from benchmarks.sizes import measured
 from benchmarks.tasks import TASKS, accuracy
 from benchmarks.training import Trained, train
-from examples.digits import Images, whole
+from examples.digits import Images
 
 RESULTS = Path("benchmarks/results/flatness")
 LABELS = {"hgnp": "HGNP", "theta": "SGD", "sam": "SAM", "spectral-radius": "spectral radius of the Hessian"}
@@ -218,9 +217,7 @@ def report(options: argparse.Namespace) -> None:
     records = [record for file in sorted(options.out.glob("*.jsonl")) for record in read_records(file)]
     if not records:
         raise SystemExit(f"{options.out} holds no runs yet")
-    pictures = options.page.with_suffix("")
-    pictures.mkdir(parents=True, exist_ok=True)
-    options.page.write_text("\n".join(page(records, pictures)) + "\n")
+    write_page(options.page, partial(page, records))
 
 
 # ---------------------------------------------------------------- the command
@@ -229,36 +226,29 @@ def report(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
+    console = begin(options)
     if options.report:
         report(options)
     else:
-        run_all(options, Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+        run_all(options, console)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.flatness",
-        description="Compare methods by how flat the minima are that they end in.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("flatness", "Compare methods by how flat the minima are that they end in.")
     tasks = [name for name, task in TASKS.items() if not task.pretrained]
     parser.add_argument("--task", nargs="+", choices=tasks, default=["digits"], help="what to train on")
     parser.add_argument("--method", nargs="+", choices=LABELS, default=list(LABELS), help="how")
     parser.add_argument("--sparsity", nargs="+", type=share, default=[0.0, 0.75], metavar="SHARE", help="of neurons")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), metavar="SEED", help="repetitions")
-    parser.add_argument("--epochs", type=whole(1), help="of training; each task has its own unless given")
-    parser.add_argument("--data-root", type=Path, help="folder of the data, as torchvision reads it")
-    parser.add_argument("--device", default="cpu", help="torch device to run on")
-    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
+    parser.add_shared("--seeds", default=list(range(5)))
+    parser.add_shared("--epochs")
+    parser.add_shared("--data-root")
+    parser.add_shared("--device")
+    parser.add_shared("--threads")
+    parser.add_shared("--out", default=RESULTS)
     parser.add_argument("--report", action="store_true", help="write the page of the runs there are, and run nothing")
     parser.add_argument("--page", type=Path, default=Path("docs/results/flatness.md"), help="where it is written")
-    options = parser.parse_args(arguments)
-    options.command = command_line(parser, arguments, options.data_root)
-    return options
+    return parser.read(arguments)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ table is in :mod:`benchmarks.paper`.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -22,12 +21,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from benchmarks.accuracy import loaded, share
+from benchmarks.accuracy import loaded
+from benchmarks.commands import Parser, begin, share
 from benchmarks.methods import METHODS
 from benchmarks.records import (
     Record,
     circumstances,
-    command_line,
     hardware,
     identity,
     in_file_of_task,
@@ -135,17 +134,13 @@ def run_all(options: argparse.Namespace, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    run_all(options, Console(width=None if sys.stdout.isatty() else 160, highlight=False))
+    run_all(options, begin(options))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.inference",
-        description="Time networks that are whole, that lost neurons, and that lost as many parameters as zeros.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = Parser(
+        "inference", "Time networks that are whole, that lost neurons, and that lost as many parameters as zeros."
     )
     tasks = [name for name, task in TASKS.items() if not task.pretrained]
     parser.add_argument("--task", nargs="+", choices=tasks, default=["digits"], help="what to train on")
@@ -154,16 +149,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batch-size", nargs="+", type=whole(1), default=[1, 16, 256], metavar="N", help="images a call"
     )
     parser.add_argument("--repetitions", type=whole(1), default=5, help="turns of each network at each batch size")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="of the trainings")
-    parser.add_argument("--epochs", type=whole(1), help="of training; each task has its own unless given")
-    parser.add_argument("--data-root", type=Path, help="folder of the data, as torchvision reads it")
-    parser.add_argument("--device", default="cpu", help="torch device to run on")
-    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
-    options = parser.parse_args(arguments)
+    parser.add_shared("--seeds", default=[0], help="of the trainings")
+    parser.add_shared("--epochs")
+    parser.add_shared("--data-root")
+    parser.add_shared("--device")
+    parser.add_shared("--threads")
+    parser.add_shared("--out", default=RESULTS)
+    options = parser.read(arguments)
     if not all(options.sparsity):
         parser.error("--sparsity 0 is the full network, which is always there")
-    options.command = command_line(parser, arguments, options.data_root)
     return options
 
 

@@ -7,8 +7,8 @@ again whenever there are more runs. What has not been run yet is listed at the e
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -20,9 +20,22 @@ from torch import nn
 from baselines.hybrid import Statistics, ThresholdPredictor, best_threshold
 from benchmarks import inference
 from benchmarks.accuracy import RESULTS
+from benchmarks.commands import Parser
 from benchmarks.methods import HYBRID
 from benchmarks.records import Record, how_made, identity, one_line, read_records, spread
-from benchmarks.report import Setting, area, asked, draw, levels_of, matching, methods_of, read_all, settings, table
+from benchmarks.report import (
+    Setting,
+    area,
+    asked,
+    draw,
+    levels_of,
+    matching,
+    methods_of,
+    read_all,
+    settings,
+    table,
+    write_page,
+)
 from benchmarks.tasks import TASKS
 
 TIMED = ("sgd", "taylor", "hgnp", "hybrid")
@@ -285,21 +298,15 @@ def made_by(records: Sequence[Record], timings: Sequence[Record]) -> Iterator[st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.paper",
-        description="Turn runs into the paper's tables and figures.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("paper", "Turn runs into the paper's tables and figures.")
     parser.add_argument("--runs", type=Path, default=RESULTS, help="folder with runs of benchmarks.accuracy")
     parser.add_argument("--timings", type=Path, default=inference.RESULTS, help="and of benchmarks.inference")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder for paper.md and paper/")
     options = parser.parse_args(arguments)
     timings = [record for file in sorted(options.timings.glob("*.jsonl")) for record in read_records(file)]
-    pictures = options.out / "paper"
-    records = read_all(options.runs)
-    pictures.mkdir(parents=True, exist_ok=True)
-    (options.out / "paper.md").write_text("\n".join(page(records, timings, pictures)) + "\n")
-    print(f"{one_line({'runs': len(records), 'timings': len(timings)})}: {options.out / 'paper.md'}")
+    records, written = read_all(options.runs), options.out / "paper.md"
+    write_page(written, partial(page, records, timings))
+    print(f"{one_line({'runs': len(records), 'timings': len(timings)})}: {written}")
 
 
 if __name__ == "__main__":

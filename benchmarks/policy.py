@@ -19,7 +19,6 @@ the options.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -36,20 +35,20 @@ from torch import nn
 from torch.optim import SGD
 
 from benchmarks import tasks
+from benchmarks.commands import Parser, begin, share
 from benchmarks.images import load_small_cifar
 from benchmarks.networks import CifarNet
 from benchmarks.records import (
     Record,
     circumstances,
-    command_line,
     how_made,
     identity,
     make_missing,
     read_records,
     spread,
+    write_tables,
 )
 from benchmarks.tasks import Task, accuracy
-from examples import digits
 from examples.digits import Images, dense_size
 from kfac_flat import FlatKFAC, NeuronPruner
 
@@ -235,12 +234,7 @@ def report(options: argparse.Namespace, console: Console) -> None:
     records = read_records(options.runs)
     if not records:
         raise SystemExit(f"{options.runs} holds no runs yet")
-    with (options.out / "table.txt").open("w") as file:
-        for target in (console, Console(file=file, width=160)):
-            for table in tables(records):
-                target.print(table)
-            for line in notes(records):
-                target.print(line, soft_wrap=True, highlight=False, markup=False)
+    write_tables(options.out / "table.txt", tables(records), notes(records), console)
 
 
 def notes(records: Sequence[Record]) -> Iterator[str]:
@@ -256,9 +250,7 @@ def notes(records: Sequence[Record]) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = begin(options)
     if not options.report:
         run_all(options, console)
     report(options, console)
@@ -266,23 +258,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.policy",
-        description="Compare NeuronPruner's options by the accuracy that is left, one change at a time.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("policy", "Compare NeuronPruner's options by the accuracy that is left, one change at a time.")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to train on")
-    parser.add_argument("--levels", nargs="+", type=_level, default=[0.75, 0.9], metavar="SHARE", help="neurons to go")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), metavar="SEED", help="repetitions")
+    parser.add_argument("--levels", nargs="+", type=share, default=[0.75, 0.9], metavar="SHARE", help="neurons to go")
+    parser.add_shared("--seeds", default=list(range(5)))
     parser.add_argument("--policies", nargs="+", type=_policy, default=POLICIES, metavar="POLICY", help="see above")
-    parser.add_argument("--epochs", type=digits.whole(1), help="of training; each task has its own unless given")
-    parser.add_argument("--data-root", type=Path, help="folder with cifar-10-batches-py/, as torchvision reads it")
-    parser.add_argument("--threads", type=digits.whole(1), default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/policy"), help="folder for results")
+    parser.add_shared("--epochs")
+    parser.add_shared("--data-root", help="folder with cifar-10-batches-py/, as torchvision reads it")
+    parser.add_shared("--threads")
+    parser.add_shared("--out", default=Path("benchmarks/results/policy"))
     parser.add_argument("--report", action="store_true", help="lay out the runs that are there, and run nothing")
-    options = parser.parse_args(arguments)
+    options = parser.read(arguments)
     options.runs = options.out / "runs.jsonl"
-    options.command = command_line(parser, arguments, options.data_root)
     return options
 
 
@@ -293,13 +280,6 @@ def _policy(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return text
-
-
-def _level(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and less than 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -31,14 +30,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 import kfac_flat
 from benchmarks import saliency_cost
-from benchmarks.records import ROOT, cpu_name, one_line, progress_bar
+from benchmarks.commands import Parser, begin
+from benchmarks.records import ROOT, cpu_name, one_line, progress_bar, write_tables
+from examples.digits import whole
 from examples.torchvision_models import models
 
 OURS, PEER = "kfac-flat", "torch-pruning"
@@ -183,11 +183,8 @@ def write(
     """Write results as JSON and as a table in plain text, with how they were made."""
     about = circumstances(options)
     (options.out / f"{name}.json").write_text(json.dumps(about | found, indent=2) + "\n")
-    with (options.out / f"{name}.txt").open("w") as file:
-        console = Console(file=file, width=160)
-        console.print(table)
-        for line in [*notes, *(f"{what}: {one_line(value)}" for what, value in about.items())]:
-            console.print(line, soft_wrap=True, highlight=False, markup=False)
+    made = (f"{what}: {one_line(value)}" for what, value in about.items())
+    write_tables(options.out / f"{name}.txt", [table], [*notes, *made])
 
 
 def circumstances(options: argparse.Namespace) -> dict[str, Any]:
@@ -205,40 +202,31 @@ def circumstances(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = begin(options)
     (measure_saliency if options.saliency else measure_cuts)(options, console)
     console.print(f"Written to {options.out}/")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pruner_speed",
-        description="Time NeuronPruner on torchvision's classifiers, beside torch-pruning.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("pruner_speed", "Time NeuronPruner on torchvision's classifiers, beside torch-pruning.")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="classifiers of torchvision")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure torch-pruning too")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model and one library, all in")
-    parser.add_argument("--image-size", type=int, help="pixels; 224 and, for inception_v3, 299 unless given")
+    parser.add_argument("--image-size", type=whole(1), help="pixels; 224 and, for inception_v3, 299 unless given")
     parser.add_argument("--saliency", action="store_true", help="measure the recording of Theta instead")
-    parser.add_argument("--repetitions", type=int, default=15, help="timed steps with --saliency")
-    parser.add_argument("--batch-size", type=int, default=128, help="with --saliency")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/pruner_speed"), help="folder for results")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--repetitions", type=whole(1), default=15, help="timed steps with --saliency")
+    parser.add_argument("--batch-size", type=whole(1), default=128, help="with --saliency")
+    parser.add_shared("--threads")
+    parser.add_shared("--out", default=Path("benchmarks/results/pruner_speed"))
+    options = parser.read(arguments)
     unknown = sorted(set(options.models) - set(models.list_models(module=models)))
     if unknown:
         parser.error(f"torchvision has no classifier {', '.join(unknown)}")
-    for name in ("timeout", "image_size", "repetitions", "batch_size", "threads"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+    if options.timeout <= 0:
+        parser.error("--timeout must be more than 0")
     if options.peer and not options.saliency and importlib.util.find_spec("torch_pruning") is None:
         parser.error('torch-pruning is not installed: pip install -e ".[benchmark]", or say --no-peer')
-    options.command = f"{parser.prog} {shlex.join(sys.argv[1:] if arguments is None else arguments)}".rstrip()
     return options
 
 

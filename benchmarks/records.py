@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import re
-import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
@@ -19,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 import kfac_flat
 
@@ -97,12 +95,6 @@ def identity(record: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]
     return tuple(record[name] if name in record else UNSAID[name] for name in names)
 
 
-def command_line(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, data_root: Path | None) -> str:
-    """Write the command that was given, DATA for the folder of data: where it lies is nobody's business."""
-    command = f"{parser.prog} {shlex.join(sys.argv[1:] if arguments is None else arguments)}".rstrip()
-    return command if data_root is None else command.replace(str(data_root), "DATA")
-
-
 def circumstances(command: str, threads: int, device: str = "cpu", packages: Iterable[str] = ("torch",)) -> Record:
     """Say with what, on what and when something is measured."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
@@ -137,6 +129,19 @@ def progress_bar(console: Console) -> Progress:
     """Make a bar that is gone when the table comes; nothing where the output is no terminal."""
     columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def write_tables(
+    path: Path, tables: Iterable[Table], lines: Iterable[str], console: Console | None = None, width: int = 160
+) -> None:
+    """Write tables and the lines under them into a file of that width, and show them on the console, if any."""
+    tables, lines = list(tables), list(lines)
+    with path.open("w") as file:
+        for target in (*([console] if console else []), Console(file=file, width=width)):
+            for table in tables:
+                target.print(table)
+            for line in lines:
+                target.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def one_line(value: Any) -> str:

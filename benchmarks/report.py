@@ -6,9 +6,9 @@ and no number is typed by hand: run ``python -m benchmarks.report`` again whenev
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from baselines.hybrid import area as polygon_area
 from benchmarks.accuracy import MEASURED, RESULTS, TOLERATED
+from benchmarks.commands import Parser
 from benchmarks.methods import METHODS
 from benchmarks.records import Record, how_made, identity, read_records, spread
 
@@ -215,6 +216,13 @@ def report(records: Sequence[Record], pictures: Path) -> Iterator[str]:
         yield from ("", *(f"- {line}" for line in how_made(setting.runs)))
 
 
+def write_page(page: Path, lines: Callable[[Path], Iterable[str]]) -> None:
+    """Write a page, whose pictures go into a folder of its name."""
+    pictures = page.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(lines(pictures)) + "\n")
+
+
 def read_all(folder: Path) -> list[Record]:
     """Read the runs of all tasks.
 
@@ -229,19 +237,14 @@ def read_all(folder: Path) -> list[Record]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report",
-        description="Turn the runs of benchmarks.accuracy into tables and pictures.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("report", "Turn the runs of benchmarks.accuracy into tables and pictures.")
     parser.add_argument("--runs", type=Path, default=RESULTS, help="folder with TASK.jsonl")
     parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder for accuracy.md and accuracy/")
     options = parser.parse_args(arguments)
     records = read_all(options.runs)
-    pictures = options.out / "accuracy"
-    pictures.mkdir(parents=True, exist_ok=True)
-    (options.out / "accuracy.md").write_text("\n".join(report(records, pictures)) + "\n")
-    print(f"{len(records)} runs: {options.out / 'accuracy.md'}")
+    page = options.out / "accuracy.md"
+    write_page(page, partial(report, records))
+    print(f"{len(records)} runs: {page}")
 
 
 if __name__ == "__main__":

@@ -37,10 +37,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from baselines import SAM, SpectralRadius
+from benchmarks.commands import Parser, begin
 from benchmarks.networks import CifarNet
-from benchmarks.records import ROOT, circumstances, command_line, progress_bar
+from benchmarks.records import ROOT, circumstances, progress_bar, write_tables
 from benchmarks.saliency_cost import mlp, resnet18_cifar
 from benchmarks.tasks import CRITERION
+from examples.digits import whole
 from examples.torchvision_models import models
 from kfac_flat import FlatKFAC
 from kfac_flat.curvature.layers import input_dim, is_layer
@@ -331,12 +333,11 @@ def progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
     if options.memory_of:
+        torch.set_num_threads(options.threads)
         print(peak_memory(*options.memory_of, options))
         return
-    options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = begin(options)
     measure = measure_widths if options.widths else measure_networks
     found, table = measure(options, console)
     console.print(table)
@@ -345,40 +346,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about |= {"batch size": options.batch_size}
     path = options.out / f"{options.name}.json"
     path.write_text(json.dumps({**about, "results": found}, indent=2) + "\n")
-    with path.with_suffix(".txt").open("w") as file:
-        plain = Console(file=file, width=160)
-        plain.print(table)
-        for what, value in about.items():
-            plain.print(f"{what}: {value}", soft_wrap=True, highlight=False, markup=False)
+    write_tables(path.with_suffix(".txt"), [table], (f"{what}: {value}" for what, value in about.items()))
     console.print(f"Written to {path}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_cost",
-        description="Time FlatKFAC's steps beside the bare optimizer's.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("step_cost", "Time FlatKFAC's steps beside the bare optimizer's.")
     parser.add_argument("--models", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), help="networks")
     parser.add_argument("--widths", nargs="+", type=int, help="measure a residual network at these widths instead")
-    parser.add_argument("--batch-size", type=int, default=32, help="examples")
-    parser.add_argument("--repetitions", type=int, default=15, help="timed steps of each row")
+    parser.add_argument("--batch-size", type=whole(1), default=32, help="examples")
+    parser.add_argument("--repetitions", type=whole(1), default=15, help="timed steps of each row")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_shared("--threads")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--bfloat16", action="store_true", help="under autocast")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/step_cost"), help="folder for results")
+    parser.add_shared("--out", default=Path("benchmarks/results/step_cost"))
     parser.add_argument("--name", default="cpu", help="of the files there")
     parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "ROW"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    for name in ("batch_size", "repetitions", "threads"):
-        if getattr(options, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be more than 0")
+    options = parser.read(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
-    options.command = command_line(parser, arguments, None)
     return options
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,22 +26,22 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import SGD
 
 from baselines import GateTaylorPruner, MagnitudePruner, RandomPruner, TaylorPruner
+from benchmarks.commands import Parser, begin
 from benchmarks.records import (
     Record,
     append,
     circumstances,
-    command_line,
     how_made,
     one_line,
     progress_bar,
     read_records,
     spread,
+    write_tables,
 )
 from benchmarks.tasks import CRITERION, TASKS, Task, accuracy
 from examples.digits import Images, whole
@@ -192,9 +191,7 @@ def run(task: Task, epochs: int, seed: int, images: int, data: tuple[Images, Ima
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
+    console = begin(options, width=240)
     task, results = replace(TASKS[options.task], seen=options.seen), options.out / f"{options.task}.jsonl"
     setting = {"epochs": options.epochs or task.epochs, "seen": options.seen, "images": options.images}
 
@@ -213,31 +210,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"test accuracy: {spread([run['accuracy'] for run in runs])} %",
         *how_made(runs),
     ]
-    with results.with_suffix(".txt").open("w") as file:
-        for to in (Console(file=file, width=240), console):
-            to.print(table(runs))
-            for line in notes:
-                to.print(line, soft_wrap=True, highlight=False, markup=False)
+    write_tables(results.with_suffix(".txt"), [table(runs)], notes, console, width=240)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.taylor_rank",
-        description="Compare criteria with the exact change of the loss when a neuron goes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("taylor_rank", "Compare criteria with the exact change of the loss when a neuron goes.")
     parser.add_argument("--task", choices=TASKS, default="digits", help="what to train on")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="repetitions")
-    parser.add_argument("--epochs", type=whole(1), help="of training; each task has its own unless given")
+    parser.add_shared("--seeds", default=[0, 1, 2])
+    parser.add_shared("--epochs")
     parser.add_argument("--seen", type=float, default=1.0, help="share of the training images in an epoch")
     parser.add_argument("--images", type=whole(2), default=512, help="training images on which the loss is measured")
-    parser.add_argument("--data-root", type=Path, help="folder with MNIST/ or cifar-10-batches-py/, as of torchvision")
-    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/taylor_rank"), help="folder for results")
-    options = parser.parse_args(arguments)
-    options.command = command_line(parser, arguments, options.data_root)
-    return options
+    parser.add_shared("--data-root", help="folder with MNIST/ or cifar-10-batches-py/, as of torchvision")
+    parser.add_shared("--threads")
+    parser.add_shared("--out", default=Path("benchmarks/results/taylor_rank"))
+    return parser.read(arguments)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ whenever there are more runs.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from statistics import mean
 
 from baselines.hybrid import Statistics, ThresholdPredictor
 from benchmarks.accuracy import RESULTS
+from benchmarks.commands import Parser
 from benchmarks.paper import known_threshold, predicted_threshold, statistics
 from benchmarks.records import Record
 from benchmarks.report import Setting, read_all, settings, table
@@ -77,11 +77,7 @@ def _written(value: float | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.thresholds",
-        description="Predict the hybrid's threshold from our own runs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("thresholds", "Predict the hybrid's threshold from our own runs.")
     parser.add_argument("--runs", type=Path, default=RESULTS, help="folder with TASK.jsonl of benchmarks.accuracy")
     options = parser.parse_args(arguments)
     print("\n".join(lines(read_all(options.runs))))

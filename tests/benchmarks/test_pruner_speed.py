@@ -150,7 +150,7 @@ def test_help_names_the_options(capsys: Any) -> None:
     [
         (["--models", "resnet19"], "no classifier resnet19"),
         (["--timeout", "0"], "--timeout must be more than 0"),
-        (["--threads", "-1"], "--threads must be more than 0"),
+        (["--threads", "-1"], "--threads: -1 must be at least 1"),
     ],
 )
 def test_impossible_options_are_refused(wrong: list[str], message: str, capsys: Any) -> None:
