@@ -31,14 +31,14 @@ from torch.nn import functional as F
 
 import kfac_flat
 from benchmarks.commands import Parser, begin, share
-from benchmarks.execution import AMP, PLAIN, Execution
-from benchmarks.methods import METHODS, Method
+from benchmarks.execution import AMP, Execution
+from benchmarks.methods import METHODS
 from benchmarks.noise import disturbed
 from benchmarks.pretrained import Weights, starting_from
 from benchmarks.records import Record, circumstances, identity, in_file_of_task, make_missing
 from benchmarks.sizes import measured
 from benchmarks.tasks import TASKS, Task, accuracy
-from benchmarks.training import BUDGETS, train
+from benchmarks.training import BUDGETS, Training, train
 from examples.digits import Images
 from kfac_flat.pruning.latency import latency
 from kfac_flat.pruning.tracing import ExampleInputs
@@ -50,19 +50,9 @@ MEASURED = 256  # images on which latency, rho and sharpness are measured
 # ---------------------------------------------------------------- one run
 
 
-def run(
-    task: Task,
-    method: Method,
-    sparsity: float,
-    seed: int,
-    epochs: int,
-    data: tuple[Images, Images],
-    on_epoch: Callable[[], None] = lambda: None,
-    budget: str = "neurons",
-    execution: Execution = PLAIN,
-) -> Record:
+def run(training: Training, data: tuple[Images, Images], on_epoch: Callable[[], None] = lambda: None) -> Record:
     """Train one network, remove a share of the budget on the way, and say what came of it; see :func:`train`."""
-    trained = train(task, method, sparsity, seed, epochs, data, on_epoch, budget, execution)
+    trained = train(training, data, on_epoch)
     model, (train_set, test_set) = trained.model, data
     size, widths = measured(model, train_set.images[:1])
     return {
@@ -136,10 +126,8 @@ def run_all(options: argparse.Namespace, console: Console) -> None:
     def make(record: Record, advance: Callable[[float], None]) -> Record:
         name, method, sparsity, seed, epochs, budget, *_ = identity(record, IDENTITY)
         task = starting_from(TASKS[name], options.pretrained) if TASKS[name].pretrained else TASKS[name]
-        return run(
-            *(task, METHODS[method], sparsity, seed, epochs, data(name)),
-            *(lambda: advance(1 / epochs), budget, execution),
-        )
+        training = Training(task, METHODS[method], sparsity, seed, epochs, budget, execution)
+        return run(training, data(name), lambda: advance(1 / epochs))
 
     about = circumstances(options.command, options.threads, options.device, ("torch", "torchvision"))
     make_missing(
@@ -199,9 +187,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.read(arguments)
     if options.speedup:
         options.sparsity, options.budget = options.speedup, "macs"
-    training = [name for name in options.method if METHODS[name].pruner is None]
-    if training and any(options.sparsity):
-        parser.error(f"--method {' '.join(training)} removes no neurons: give --sparsity 0")
+    dense = [name for name in options.method if METHODS[name].pruner is None]
+    if dense and any(options.sparsity):
+        parser.error(f"--method {' '.join(dense)} removes no neurons: give --sparsity 0")
     check_pretrained(parser, options)
     return options
 

@@ -47,6 +47,7 @@ from benchmarks.records import (
     write_tables,
 )
 from benchmarks.tasks import CRITERION, TASKS
+from benchmarks.training import Training
 from examples.digits import Images
 from kfac_flat import FlatKFAC
 
@@ -132,7 +133,7 @@ def run_all(options: argparse.Namespace, console: Console) -> None:
     def make(record: Record, advance: Callable[[float], None]) -> Record:
         name, setting, sparsity, seed = identity(record, IDENTITY)
         task = SMALL_TASKS[name]
-        return run(task, Method(optimizer_of(setting)), sparsity, seed, task.epochs, data(name))
+        return run(Training(task, Method(optimizer_of(setting)), sparsity, seed, task.epochs), data(name))
 
     about = circumstances(options.command, options.threads)
     make_missing(planned(options), IDENTITY, in_file_of_task(options.out), make, about, console)

@@ -46,7 +46,7 @@ from benchmarks.records import (
 from benchmarks.report import table, write_page
 from benchmarks.sizes import measured
 from benchmarks.tasks import TASKS, accuracy
-from benchmarks.training import Trained, train
+from benchmarks.training import Trained, Training, train
 from examples.digits import Images
 
 RESULTS = Path("benchmarks/results/flatness")
@@ -122,10 +122,8 @@ def run_all(options: argparse.Namespace, console: Console) -> None:
 
     def make(record: Record, advance: Callable[[float], None]) -> Record:
         name, method, sparsity, seed, epochs = identity(record, IDENTITY)
-        trained = train(
-            *(TASKS[name], METHODS[method], sparsity, seed, epochs, data(name)), on_epoch=lambda: advance(1 / epochs)
-        )
-        return found(trained, data(name))
+        training = Training(TASKS[name], METHODS[method], sparsity, seed, epochs)
+        return found(train(training, data(name), lambda: advance(1 / epochs)), data(name))
 
     about = circumstances(options.command, options.threads, options.device, ("torch", "torchvision"))
     make_missing(planned(options), IDENTITY, in_file_of_task(options.out), make, about, console)

@@ -34,7 +34,7 @@ from benchmarks.records import (
 )
 from benchmarks.sizes import measured
 from benchmarks.tasks import TASKS, Task, accuracy
-from benchmarks.training import train
+from benchmarks.training import Training, train
 from examples.digits import Images, whole
 from kfac_flat.pruning.latency import latency
 from kfac_flat.pruning.tracing import ExampleInputs
@@ -59,7 +59,7 @@ def compare(
 ) -> Record:
     """Train the three networks, and time their calls."""
     trained = {
-        name: train(task, METHODS[method], 0.0 if name == "full" else sparsity, seed, epochs, data, on_epoch)
+        name: train(Training(task, METHODS[method], 0.0 if name == "full" else sparsity, seed, epochs), data, on_epoch)
         for name, method in NETWORKS.items()
     }
     networks, test_set = {name: one.model for name, one in trained.items()}, data[1]

@@ -24,6 +24,7 @@ from benchmarks.networks import torchvision_net
 from benchmarks.pretrained import Weights, load_body, starting_from
 from benchmarks.records import identity, read_records
 from benchmarks.tasks import TASKS, Task
+from benchmarks.training import Training
 from examples.digits import DigitsNet, Images
 from kfac_flat import FlatKFAC
 
@@ -118,7 +119,7 @@ def test_every_method_trains_and_removes_the_neurons_it_is_asked_to(name: str, n
     task, data = narrow
     sparsity = 0.5 if METHODS[name].pruner else 0.0
     epochs: list[int] = []
-    found = accuracy.run(task, METHODS[name], sparsity, 0, 3, data, lambda: epochs.append(1))
+    found = accuracy.run(Training(task, METHODS[name], sparsity, 0, 3), data, lambda: epochs.append(1))
     assert found["neurons"] == pytest.approx((1 - sparsity) * DENSE / 4, abs=2)
     assert found["missed"] == 0
     assert 0 <= found["accuracy"] <= 100
@@ -147,7 +148,7 @@ def test_eigendamage_removes_the_parameters_of_layers_that_have_lost_their_share
     name: str, narrow: Any
 ) -> None:
     task, data = narrow
-    found = accuracy.run(task, METHODS[name], 0.5, 0, 3, data)
+    found = accuracy.run(Training(task, METHODS[name], 0.5, 0, 3), data)
     halved = sum(p.numel() for p in DigitsNet(4).parameters())
     assert found["missed"] == 0
     assert 0.85 * halved < found["parameters"] <= halved + 1
@@ -159,7 +160,7 @@ def test_weights_become_zero_and_are_still_there(name: str, narrow: Any) -> None
     task, data = narrow
     model = task.network()
     target = METHODS[name].goal(model, data[0].images[:1], 0.5, "neurons")["target"]
-    found = accuracy.run(task, METHODS[name], 0.5, 0, 3, data)
+    found = accuracy.run(Training(task, METHODS[name], 0.5, 0, 3), data)
     assert (found["neurons"], found["parameters"]) == (DENSE / 4, sum(p.numel() for p in model.parameters()))
     assert found["missed"] == pytest.approx(0, abs=1e-3)
     assert 0.7 < target < 0.75
@@ -169,11 +170,11 @@ def test_weights_become_zero_and_are_still_there(name: str, narrow: Any) -> None
 
 def test_data_free_merges_neurons_of_linear_layers_and_says_where_there_are_none(narrow: Any) -> None:
     task, data = narrow
-    none = accuracy.run(task, METHODS["data-free"], 0.5, 0, 2, data)
+    none = accuracy.run(Training(task, METHODS["data-free"], 0.5, 0, 2), data)
     assert (none["neurons"], none["missed"]) == (DENSE / 4, 0.5)
     layers = (nn.Flatten(), nn.Linear(64, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 10))
     task = replace(task, network=lambda: nn.Sequential(*copy.deepcopy(layers)))
-    found = accuracy.run(task, METHODS["data-free"], 0.5, 0, 2, data)
+    found = accuracy.run(Training(task, METHODS["data-free"], 0.5, 0, 2), data)
     assert (found["neurons"], found["missed"]) == (16, 0)
 
 
@@ -210,7 +211,8 @@ def test_pruners_read_the_first_images_with_their_labels_in_batches(few: Any, mo
 
 def test_methods_differ_and_the_same_one_repeats_itself(narrow: Any) -> None:
     task, data = narrow
-    runs = [accuracy.run(task, METHODS[name], 0.5, 0, 2, data) for name in ("hgnp", "hgnp", "theta", "magnitude-l1")]
+    names = ("hgnp", "hgnp", "theta", "magnitude-l1")
+    runs = [accuracy.run(Training(task, METHODS[name], 0.5, 0, 2), data) for name in names]
     for what in ("accuracy", "rho", "sharpness", "widths"):
         assert runs[0][what] == runs[1][what]
     assert len({json.dumps(run["widths"]) for run in runs[1:]}) == 3
@@ -226,13 +228,14 @@ def test_the_order_of_the_images_follows_the_seed(narrow: Any, monkeypatch: pyte
 
     monkeypatch.setattr(Task, "epoch", epoch)
     for seed in (3, 5):
-        accuracy.run(task, METHODS["sgd"], 0.0, seed, 1, data)
+        accuracy.run(Training(task, METHODS["sgd"], 0.0, seed, 1), data)
     assert seeds == [3, 5]
 
 
 def test_the_dense_network_is_trained_as_the_methods_optimizer_does(narrow: Any) -> None:
     task, data = narrow
-    flat, theta, sgd = (accuracy.run(task, METHODS[name], 0.0, 0, 2, data) for name in ("hgnp", "theta", "sgd"))
+    names = ("hgnp", "theta", "sgd")
+    flat, theta, sgd = (accuracy.run(Training(task, METHODS[name], 0.0, 0, 2), data) for name in names)
     assert theta["sharpness"] == sgd["sharpness"]
     assert flat["sharpness"] != sgd["sharpness"]
     model = nn.Linear(2, 2)
@@ -292,7 +295,7 @@ PRUNERS = {
 @pytest.mark.parametrize("name", [*PRUNERS.values(), "hgnp-per-mac"])
 def test_every_method_gets_to_the_same_multiply_accumulates(name: str, narrow: Any) -> None:
     task, data = narrow
-    found = accuracy.run(task, METHODS[name], 0.6, 0, 3, data, budget="macs")
+    found = accuracy.run(Training(task, METHODS[name], 0.6, 0, 3, budget="macs"), data)
     assert 0.25 * NARROW_MACS < found["macs"] <= 0.4 * NARROW_MACS + 1
     assert found["missed"] == 0
 
@@ -308,7 +311,7 @@ def test_zeros_save_no_multiplications_so_as_many_parameters_go_as_in_a_narrower
     name: str, narrow: Any
 ) -> None:
     task, data = narrow
-    found = accuracy.run(task, METHODS[name], 0.75, 0, 3, data, budget="macs")
+    found = accuracy.run(Training(task, METHODS[name], 0.75, 0, 3, budget="macs"), data)
     assert found["macs"] == NARROW_MACS
     halved = sum(p.numel() for p in DigitsNet(4).parameters())  # whose multiplications are a quarter, about
     assert found["nonzero"] == pytest.approx(halved, rel=0.15)
@@ -359,9 +362,9 @@ def test_a_run_compiled_and_in_bfloat16_is_another_run_and_much_the_same(
 ) -> None:
     run, executions = accuracy.run, []
 
-    def watched(*args: Any) -> Any:
-        executions.append(args[-1])
-        return run(*args)
+    def watched(training: Training, *args: Any) -> Any:
+        executions.append(training.execution)
+        return run(training, *args)
 
     monkeypatch.setattr(accuracy, "run", watched)
     usual = ["--method", "hgnp", "--sparsity", 0.5, "--epochs", 3]
@@ -385,13 +388,13 @@ def test_a_network_is_compiled_while_it_lasts(narrow: Any, monkeypatch: pytest.M
 
     monkeypatch.setattr(Execution, "compiled", compiled)
     short = replace(task, epochs=8, last=5)
-    accuracy.run(short, METHODS["theta"], 0.5, 0, 8, data, execution=Execution(backend="eager"))
+    accuracy.run(Training(short, METHODS["theta"], 0.5, 0, 8, execution=Execution(backend="eager")), data)
     places = short.removals(8)
     first, last = places["start"], places["start"] + places["events"] - 1
     assert epochs[: first + 1] == [True] * first + [False]
     assert epochs[last:] == [True] * (8 - last)
     epochs.clear()
-    accuracy.run(short, METHODS["sgd"], 0.0, 0, 2, data, execution=Execution(backend="eager"))
+    accuracy.run(Training(short, METHODS["sgd"], 0.0, 0, 2, execution=Execution(backend="eager")), data)
     assert epochs == [True, True]
 
 
@@ -407,7 +410,7 @@ def test_a_network_is_compiled_once_before_the_removals_and_once_after(name: str
     torch._dynamo.register_backend(name=f"counting-{name}", compiler_fn=backend)
     task, data = narrow
     found = [
-        accuracy.run(task, METHODS[name], 0.5, 0, 6, data, execution=execution)
+        accuracy.run(Training(task, METHODS[name], 0.5, 0, 6, execution=execution), data)
         for execution in (Execution(backend=f"counting-{name}"), Execution())
     ]
     assert len(inputs) == 2

@@ -15,7 +15,7 @@ from benchmarks import inference
 from benchmarks.methods import METHODS
 from benchmarks.records import read_records
 from benchmarks.tasks import TASKS
-from benchmarks.training import Trained
+from benchmarks.training import Trained, Training
 from examples.digits import DigitsNet, Images
 
 
@@ -68,9 +68,9 @@ def test_a_comparison_is_of_networks_that_lost_nothing_neurons_or_weights(
 def test_each_network_is_trained_by_its_method_and_measured_on_test_images(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, tuple[float, int, int]] = {}
 
-    def train(task: Any, method: Any, sparsity: float, seed: int, epochs: int, *_: Any) -> Trained:
-        name = next(name for name, known in METHODS.items() if known is method)
-        asked[name] = sparsity, seed, epochs
+    def train(training: Training, *_: Any) -> Trained:
+        name = next(name for name, known in METHODS.items() if known is training.method)
+        asked[name] = training.sparsity, training.seed, training.epochs
         return Trained(nn.Linear(4, 2, bias=False), seconds=10.0 ** len(asked), missed=0.0)
 
     monkeypatch.setattr(inference, "train", train)

@@ -16,6 +16,7 @@ from benchmarks import accuracy
 from benchmarks.methods import METHODS
 from benchmarks.peers import SparseTorchPruning, TaylorTorchPruning, TorchPruning
 from benchmarks.tasks import TASKS
+from benchmarks.training import Training
 from examples.digits import DigitsNet, Images
 from kfac_flat.pruning.budget import Schedule
 
@@ -46,11 +47,11 @@ def test_every_one_of_them_trains_and_removes_the_neurons_it_is_asked_to(name: s
     train_set, test_set = TASKS["digits"].load(None)
     task = replace(TASKS["digits"], network=partial(DigitsNet, 8))
     data = Images(train_set.images[:192], train_set.labels[:192]), Images(test_set.images[:50], test_set.labels[:50])
-    found = accuracy.run(task, METHODS[name], 0.5, 0, 3, data)
+    found = accuracy.run(Training(task, METHODS[name], 0.5, 0, 3), data)
     assert found["neurons"] == pytest.approx(36, abs=2)
     assert found["neurons"] <= 36
     assert found["missed"] == 0
-    again = accuracy.run(task, METHODS[name], 0.5, 0, 3, data)
+    again = accuracy.run(Training(task, METHODS[name], 0.5, 0, 3), data)
     assert (again["widths"], again["accuracy"]) == (found["widths"], found["accuracy"])
 
 
@@ -59,7 +60,7 @@ def test_every_one_of_them_gets_to_the_multiply_accumulates_it_is_asked_for(name
     train_set, test_set = TASKS["digits"].load(None)
     task = replace(TASKS["digits"], network=partial(DigitsNet, 8))
     data = Images(train_set.images[:192], train_set.labels[:192]), Images(test_set.images[:50], test_set.labels[:50])
-    found = accuracy.run(task, METHODS[name], 0.6, 0, 3, data, budget="macs")
+    found = accuracy.run(Training(task, METHODS[name], 0.6, 0, 3, budget="macs"), data)
     dense = accuracy.measured(DigitsNet(8), data[0].images[:1])[0].macs
     assert 0.35 * dense < found["macs"] <= 0.4 * dense
     assert found["missed"] == 0
