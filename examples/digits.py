@@ -293,15 +293,14 @@ def evaluate_saved(path: Path, device: str, console: Console) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def compare(
+def train_each(
     methods: Sequence[Method], settings: Settings, train_set: Images, test_set: Images, display: Display, label: str
 ) -> list[Run]:
-    """Train one network per method from the same initialisation, and time them side by side."""
+    """Train one network per method from the same initialisation, with a line for each."""
     runs = []
     for method in methods:
         with display.task(f"{method.name}{label}", settings.epochs) as on_epoch:
             runs.append(train(method, settings, train_set, test_set, on_epoch))
-    time_inference(runs, test_set.images[:TIMED_BATCH])
     return runs
 
 
@@ -325,9 +324,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     all_settings = [replace(settings, seed=options.seed + i) for i in range(options.seeds)]
     with Display(console) as display:
         seeds = [
-            compare(methods, s, train_set, test_set, display, f", seed {s.seed}" if options.seeds > 1 else "")
+            train_each(methods, s, train_set, test_set, display, f", seed {s.seed}" if options.seeds > 1 else "")
             for s in all_settings
         ]
+    for runs in seeds:
+        time_inference(runs, test_set.images[:TIMED_BATCH])
     results = {method.name: list(runs) for method, runs in zip(methods, zip(*seeds, strict=True), strict=True)}
 
     save(options.out / "checkpoint.pt", results["HGNP"][0], all_settings[0])

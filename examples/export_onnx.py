@@ -35,7 +35,7 @@ from examples.digits import (
     load_data,
     median_milliseconds,
     share,
-    train,
+    train_each,
     whole,
 )
 from examples.digits_report import Display
@@ -154,11 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings(epochs=options.epochs, width=options.width, seed=options.seed)
     methods = (Method("dense"), Method("pruned", options.mu, options.target))
     train_set, test_set = load_data("cpu")
-    runs = []
     with Display(console) as display:
-        for method in methods:
-            with display.task(method.name, settings.epochs) as on_epoch:
-                runs.append(train(method, settings, train_set, test_set, on_epoch))
+        runs = train_each(methods, settings, train_set, test_set, display, "")
     paths = [options.out / f"{method.name}.onnx" for method in methods]
     exported = measure(runs, paths, test_set, options.threads)
     print_table(console, {method.name: found for method, found in zip(methods, exported, strict=True)})
