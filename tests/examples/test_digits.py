@@ -1,10 +1,6 @@
 """python -m examples.digits: the command, what it prints and what it leaves behind."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -12,22 +8,8 @@ import torch
 
 import kfac_flat
 from examples import digits
+from tests.examples.running import penalties, printed_by, said_at_exit
 from tests.page.reading import read
-
-ROOT = Path(__file__).parents[2]
-
-
-def command(*arguments):
-    """Run the example as a user does; one thread, so that a busy machine does not slow it down."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "examples.digits", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +19,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def printed(folder):
-    return command("--epochs", 3, "--width", 8, "--target", 0.5, "--seed", 3, "--out", folder)
+    return printed_by("digits", "--epochs", 3, "--width", 8, "--target", 0.5, "--seed", 3, "--out", folder)
 
 
 def test_the_table_compares_the_three_methods(printed):
@@ -75,7 +57,7 @@ def test_the_page_tells_of_the_network_that_was_saved(printed, folder):
 
 def test_a_new_process_finds_the_accuracy_that_was_saved(printed, folder):
     accuracy = re.search(r"^ *HGNP +([\d.]+) %", printed, re.MULTILINE)[1]
-    loaded = command("--load", folder / "checkpoint.pt")
+    loaded = printed_by("digits", "--load", folder / "checkpoint.pt")
     assert f"test accuracy {accuracy} %, saved with {accuracy} %" in loaded
 
 
@@ -84,7 +66,7 @@ def test_loading_measures_and_does_not_quote(printed, folder):
     checkpoint["accuracy"] = 12.34
     checkpoint["model"]["head.weight"].zero_()
     torch.save(checkpoint, folder / "spoilt.pt")
-    loaded = command("--load", folder / "spoilt.pt")
+    loaded = printed_by("digits", "--load", folder / "spoilt.pt")
     assert "saved with 12.34 %" in loaded
     assert float(re.search(r"test accuracy ([\d.]+) %", loaded)[1]) < 30
 
@@ -104,14 +86,7 @@ def test_the_row_of_hgnp_is_that_of_the_saved_network(printed, folder):
 
 
 def test_hgnp_trains_with_the_penalty_and_the_others_without(monkeypatch):
-    seen = []
-
-    class Watched(kfac_flat.FlatKFAC):
-        def __init__(self, optimizer, model, *, mu):
-            seen.append(mu)
-            super().__init__(optimizer, model, mu=mu)
-
-    monkeypatch.setattr(digits, "FlatKFAC", Watched)
+    seen = penalties(digits, monkeypatch)
     train_set, test_set = digits.load_data("cpu")
     settings = digits.Settings(epochs=2, width=4)
     for method in (digits.Method("dense"), digits.Method("HGNP", 0.5, 0.5), digits.Method("mu = 0", 0.0, 0.5)):
@@ -120,7 +95,7 @@ def test_hgnp_trains_with_the_penalty_and_the_others_without(monkeypatch):
 
 
 def test_several_seeds_give_a_spread(tmp_path):
-    printed = command("--epochs", 2, "--width", 6, "--target", 0.5, "--seeds", 2, "--out", tmp_path)
+    printed = printed_by("digits", "--epochs", 2, "--width", 6, "--target", 0.5, "--seeds", 2, "--out", tmp_path)
     spread = re.search(r"^ *dense SGD +([\d.]+) ± ([\d.]+) %", printed, re.MULTILINE)
     assert float(spread[2]) > 0
 
@@ -133,20 +108,14 @@ def test_the_checkpoint_is_plain_and_small(printed, folder):
 
 
 def test_help_names_the_options(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        digits.main(["--help"])
-    assert exit_.value.code == 0
-    text = capsys.readouterr().out
+    text = said_at_exit(digits.main, ["--help"], 0, capsys)
     for option in ("--device", "--epochs", "--target", "--mu", "--seed", "--seeds", "--out", "--load"):
         assert option in text
 
 
 @pytest.mark.parametrize("wrong", [["--target", "1.5"], ["--epochs", "1"], ["--seeds", "0"], ["--mu", "-1"]])
 def test_impossible_options_are_refused(wrong, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        digits.main(wrong)
-    assert exit_.value.code == 2
-    assert "must" in capsys.readouterr().err
+    assert "must" in said_at_exit(digits.main, wrong, 2, capsys)
 
 
 def test_the_three_start_alike_and_see_the_same_batches():

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
@@ -15,8 +12,8 @@ import torch
 
 from examples import export_onnx
 from examples.digits import DigitsNet, load_data
+from tests.examples.running import printed_by, said_at_exit
 
-ROOT = Path(__file__).parents[2]
 ROW = r"^ *{} +([\d.]+) % +(\S+) +([\d,]+) +([\d,]+) +([\d,]+) +([\d.]+) +([\d.]+)"
 
 
@@ -27,17 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def printed(folder: Path) -> str:
-    """Run the example as a user does; one thread, so that a busy machine does not slow it down."""
-    arguments = ["--epochs", "3", "--width", "8", "--target", "0.5", "--out", str(folder)]
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "examples.export_onnx", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
+    return printed_by("export_onnx", "--epochs", 3, "--width", 8, "--target", 0.5, "--out", folder)
 
 
 @pytest.mark.parametrize("name", ["dense", "pruned"])
@@ -91,9 +78,6 @@ def test_outputs_that_are_no_numbers_are_a_difference() -> None:
 
 
 def test_help_names_the_options(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        export_onnx.main(["--help"])
-    assert exit_.value.code == 0
-    text = capsys.readouterr().out
+    text = said_at_exit(export_onnx.main, ["--help"], 0, capsys)
     for option in ("--target", "--epochs", "--threads", "--out"):
         assert option in text

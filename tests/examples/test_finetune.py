@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,8 @@ import kfac_flat
 from examples import finetune
 from examples.digits import Settings
 from examples.torchvision_models import models
+from tests.examples.running import penalties, printed_by, said_at_exit
 
-ROOT = Path(__file__).parents[2]
 ARCH = "shufflenet_v2_x0_5"
 HEADS = {
     "resnet18": "fc",
@@ -30,19 +27,6 @@ HEADS = {
     "vit_b_16": "heads.head",
     "swin_t": "head",
 }
-
-
-def command(*arguments: Any) -> str:
-    """Run the example as a user does; one thread, so that a busy machine does not slow it down."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "examples.finetune", "--threads", "1", *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
 
 
 def weights_of(arch: str, folder: Path, classes: int = 1000) -> tuple[Path, dict[str, Tensor]]:
@@ -150,7 +134,7 @@ def test_a_folder_of_images_and_weights_give_a_smaller_network_that_starts_from_
     stripes(tmp_path / "images")
     standing_still = ("--lr", 1e-9, "--mu", 0, "--epochs", 3, "--batch-size", 6)
     options = ("--arch", ARCH, "--weights", path, "--data", tmp_path / "images", "--size", 32)
-    printed = command(*options, *standing_still, "--out", tmp_path / "not" / "there")
+    printed = printed_by("finetune", *options, *standing_still, "--out", tmp_path / "not" / "there")
     model, saved = loaded(tmp_path / "not" / "there" / "checkpoint.pt")
     assert saved["classes"] == ["lying", "standing"]
     assert "no --weights" not in printed
@@ -162,7 +146,7 @@ def test_a_folder_of_images_and_weights_give_a_smaller_network_that_starts_from_
 
 
 def test_digits_are_learned_from_nothing_and_the_saved_network_is_as_good_as_printed(tmp_path: Path) -> None:
-    printed = command("--arch", ARCH, "--epochs", 3, "--lr", 0.1, "--target", 0.3, "--out", tmp_path)
+    printed = printed_by("finetune", "--arch", ARCH, "--epochs", 3, "--lr", 0.1, "--target", 0.3, "--out", tmp_path)
     assert "no --weights were given" in printed
     model, _ = loaded(tmp_path / "checkpoint.pt")
     found = finetune.accuracy(model, finetune.load_digits(32).test, Settings())
@@ -171,14 +155,7 @@ def test_digits_are_learned_from_nothing_and_the_saved_network_is_as_good_as_pri
 
 
 def test_hgnp_is_what_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen = []
-
-    class Watched(kfac_flat.FlatKFAC):
-        def __init__(self, optimizer: Any, model: Any, *, mu: float) -> None:
-            seen.append(mu)
-            super().__init__(optimizer, model, mu=mu)
-
-    monkeypatch.setattr(finetune, "FlatKFAC", Watched)
+    seen = penalties(finetune, monkeypatch)
     stripes(tmp_path / "images", each=4)
     data = finetune.load_folder(tmp_path / "images", 32)
     epochs: list[Any] = []
@@ -200,7 +177,4 @@ def test_hgnp_is_what_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     ],
 )
 def test_impossible_options_are_refused(wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        finetune.main(wrong)
-    assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in said_at_exit(finetune.main, wrong, 2, capsys)

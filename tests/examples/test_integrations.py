@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 
 from examples import accelerate_digits, lightning_digits, transformer
+from tests.examples.running import said_at_exit
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -47,9 +48,6 @@ def test_neurons_go_while_it_learns_and_it_goes_on_from_its_checkpoint(
 
 @pytest.mark.parametrize("example", [example for example, *_ in EXAMPLES.values()])
 def test_help_names_the_options(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        example.main(["--help"])
-    assert exit_.value.code == 0
-    text = capsys.readouterr().out
+    text = said_at_exit(example.main, ["--help"], 0, capsys)
     for option in ("--epochs", "--width", "--target", "--seed", "--out", "--resume"):
         assert option in text

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kfac_flat import FlatKFAC, NeuronPruner
 from kfac_flat.integrations.accelerate import checkpoint_pruner
+from tests.pruning.by_hand import assert_same_tensors
 
 EPOCHS, EXAMPLES, BATCH = 5, 48, 8
 
@@ -88,13 +89,6 @@ def by_hand(accumulate: int, bf16: bool, adam: bool) -> nn.Module:
     return run.network
 
 
-def assert_same(a: nn.Module, b: nn.Module) -> None:
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
-
-
 @pytest.mark.parametrize(
     ("accumulate", "bf16", "adam"), [(1, False, False), (2, False, False), (1, True, False), (2, True, True)]
 )
@@ -108,7 +102,7 @@ def test_a_prepared_loop_is_the_plain_loop_bit_for_bit(accumulate: int, bf16: bo
     run = Run(accelerator, adam)
     for _ in range(EPOCHS):
         epoch(run, accelerator)
-    assert_same(run.network, by_hand(accumulate, bf16, adam))
+    assert_same_tensors(run.network, by_hand(accumulate, bf16, adam))
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3, 4])
@@ -124,7 +118,7 @@ def test_a_training_goes_on_from_a_saved_state_to_the_same_network(stop: int, tm
     again_with.load_state(str(tmp_path))
     for _ in range(stop, EPOCHS):
         epoch(again, again_with)
-    assert_same(again.network, whole.network)
+    assert_same_tensors(again.network, whole.network)
     assert again.pruner.epoch == EPOCHS
 
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kfac_flat import CutError, FlatKFAC, NeuronPruner
 from kfac_flat.integrations.lightning import NeuronPruning, load_pruned
+from tests.pruning.by_hand import assert_same_tensors
 
 pytestmark = [
     # What Lightning advises for data that are less small.
@@ -112,13 +113,6 @@ def by_hand(accumulate: int = 1, clip: float | None = None, bf16: bool = False) 
     return model, pruner
 
 
-def assert_same(a: nn.Module, b: nn.Module) -> None:
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
-
-
 @pytest.mark.parametrize(
     ("options", "same"),
     [
@@ -136,7 +130,7 @@ def test_a_fit_is_the_plain_loop_bit_for_bit(
     module, callback = Classifier(inside), pruning()
     trainer(tmp_path, callback, **options).fit(module, loader())
     model, pruner = by_hand(**same)
-    assert_same(module.net, model)
+    assert_same_tensors(module.net, model)
     found = callback.pruner
     assert found is not None
     assert found.sparsity == pruner.sparsity == 0.5
@@ -204,7 +198,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_network(kind: str, plac
     trainer(tmp_path, again, KINDS[kind](tmp_path)).fit(
         resumed, Resumable(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True
     )
-    assert_same(resumed, module)
+    assert_same_tensors(resumed, module)
     assert again.pruner is not None
     assert callback.pruner is not None
     assert again.pruner.epoch == EPOCHS
@@ -228,7 +222,9 @@ def test_every_file_of_model_checkpoint_loads_into_a_module_of_its_shape(tmp_pat
         widths.append(sum(m.weight.shape[0] for m in loaded.net if isinstance(m, (nn.Conv2d, nn.Linear))))
     assert widths == sorted(widths, reverse=True)  # each is the network that its metric was measured on
     assert len(set(widths)) == 3
-    assert_same(load_pruned(Classifier(), checkpoints.last_model_path), module)  # none was due after the last epoch
+    assert_same_tensors(
+        load_pruned(Classifier(), checkpoints.last_model_path), module
+    )  # none was due after the last epoch
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_advice(tmp_path: Path) -> None:

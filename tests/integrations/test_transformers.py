@@ -25,6 +25,7 @@ from transformers import (
 import kfac_flat
 from kfac_flat import FlatKFAC, NeuronPruner
 from kfac_flat.integrations.transformers import FILE, NeuronPruning
+from tests.pruning.by_hand import assert_same_tensors
 from tests.pruning.lifecycle import assert_masked, assert_reloads, pruned
 
 SIZES = {
@@ -152,13 +153,6 @@ def by_hand(kind: str, accumulate: int = 1, clip: float = 1.0, bf16: bool = Fals
     return model
 
 
-def assert_same(a: nn.Module, b: nn.Module) -> None:
-    ours, theirs = a.state_dict(), b.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
-
-
 @pytest.mark.parametrize(
     ("kind", "options", "same"),
     [
@@ -174,7 +168,7 @@ def test_the_trainer_is_the_plain_loop_bit_for_bit(
 ) -> None:
     made, _, _ = trainer(kind, tmp_path, save_only_model=False, **options)
     made.train()
-    assert_same(made.model, by_hand(kind, **same))
+    assert_same_tensors(made.model, by_hand(kind, **same))
 
 
 class StopAt(TrainerCallback):
@@ -200,7 +194,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_network(
     last = max((tmp_path / "stopped").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     again, pruning, _ = trainer(kind, tmp_path / "stopped", **saving)
     again.train(resume_from_checkpoint=pruning.restored(last))
-    assert_same(again.model, whole.model)
+    assert_same_tensors(again.model, whole.model)
 
 
 @pytest.mark.parametrize(("kind", "make"), [("bert", bert), ("vit", vit)])
@@ -210,7 +204,7 @@ def test_a_checkpoint_loads_where_the_model_is_used(kind: str, make: Callable[[]
     saved = torch.load(tmp_path / "checkpoint-16" / FILE, weights_only=True)
     model = kfac_flat.shrink(make(), saved["pruner"])
     model.load_state_dict(saved["model"])
-    assert_same(model, made.model)
+    assert_same_tensors(model, made.model)
 
 
 def test_rho_and_sizes_are_logged_to_tensorboard_once_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
