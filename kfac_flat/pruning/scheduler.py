@@ -144,7 +144,7 @@ class NeuronPruner:
         normalize: str | None = None,
         per: str = "neuron",
         ignore: Iterable[str | type[nn.Module]] = (),
-        readings: int | None = 32,
+        readings: int | None = 16,
         copies: Iterable[nn.Module] = (),
         keep_removed: bool = False,
     ) -> None:
