@@ -57,7 +57,7 @@ def training_times(setting: Setting) -> Iterator[str]:
             found = {m: [r["seconds"] / r["epochs"] for r in matching(runs, m, level)] for m in TIMED}
             cells = (f"{spread(v, '{:.3g}')} ({len(v)})" if (v := found[m]) else "" for m in TIMED)
             rows.append([f"{made[0]}, {made[1]} threads", asked(level, setting.budget), *cells])
-    yield from table(["device", "network", *TIMED], rows)
+    yield from table(["device", "sparsity", *TIMED], rows)
 
 
 # ---------------------------------------------------------------- table 2: inference time
@@ -243,9 +243,11 @@ def page(records: Sequence[Record], timings: Sequence[Record], pictures: Path) -
             yield from ("", setting.title, "", *training_times(setting))
     yield from ("", "## Table 2: inference time", "", *(inference_times(timings) if timings else [NO_TIMINGS]))
     yield from ("", "## Table 3: at equal accuracy")
-    for setting in chosen:
-        if {"snip", "hgnp"} <= set(methods_of(setting.runs)):
-            yield from ("", setting.title, "", *at_equal_accuracy(setting))
+    with_both = [setting for setting in chosen if {"snip", "hgnp"} <= set(methods_of(setting.runs))]
+    if not with_both:
+        yield from ("", NO_SNIP)
+    for setting in with_both:
+        yield from ("", setting.title, "", *at_equal_accuracy(setting))
     yield from ("", "## Table 4: areas and thresholds", "", *areas(chosen))
     yield from ("", "## Figures 1 to 4: accuracy against sparsity")
     for setting in chosen:
@@ -263,6 +265,7 @@ def page(records: Sequence[Record], timings: Sequence[Record], pictures: Path) -
     yield from ("", "## How this was made", "", *(f"- {line}" for line in made_by(records, timings)))
 
 
+NO_SNIP = "No task has been run by both yet: `python -m benchmarks.accuracy --method snip hgnp`."
 NO_TIMINGS = "Nothing has been timed yet: `python -m benchmarks.inference`."
 
 

@@ -6,10 +6,10 @@ start from the same weights, see the same batches and make their last removal at
 ``cifar``, a residual network of four blocks on 10,000 training and 2,000 test images of CIFAR-10 at 16 x 16 pixels,
 each epoch over a quarter of them.
 
-A policy is written as what differs from the plain one, which takes five equal steps, lets all layers compete and counts
-scores per neuron: ``plain``, ``pace=cubic``, ``normalize=l2+per=mac``. With ``FlatKFAC`` among its parts, the optimizer
-has that penalty at its default weight. ``events=10`` makes the removals smaller and more frequent over the same epochs.
-Level 0 is the dense network.
+A policy is written as what differs from the plain one, which takes five equal steps, lets all layers compete, counts
+scores per neuron and has no floors: ``plain``, ``pace=cubic``, ``normalize=l2+per=mac``. With ``FlatKFAC`` among its
+parts, the optimizer has that penalty at its default weight. ``events=10`` makes the removals smaller and more frequent
+over the same epochs. Level 0 is the dense network.
 
 Each run adds a line to ``runs.jsonl``; runs that are there already are not repeated, so the command can be stopped and
 given again. Run it with ``python -m benchmarks.policy`` (``pip install -e ".[benchmark,examples]"``); ``--help`` tells
@@ -94,7 +94,7 @@ class Policy:
             ValueError: if there is no such option, or its value cannot be read.
         """
         parts = [] if name == PLAIN else name.split("+")
-        options: dict[str, Any] = {"pace": "linear"}
+        options: dict[str, Any] = {"pace": "linear", "max_share": 1.0}
         for part in parts:
             option, _, value = part.partition("=")
             if option in READ:

@@ -8,7 +8,7 @@ the most parameters would leave, which is where ``NeuronPruner(per="parameter")`
 a process and a time limit of its own. After the cut, the model runs in eval mode, where MACs are counted, and then
 forward and backward in train mode; an error stands in the column that could not be filled.
 
-``--saliency`` measures instead what it costs to record Theta at every training step.
+``--saliency`` measures instead what it costs to read Theta in training.
 
 Run it with ``python -m benchmarks.pruner_speed`` (``pip install -e ".[benchmark]"``); ``--help`` tells the options.
 """
@@ -147,7 +147,7 @@ def measure_cuts(options: argparse.Namespace, console: Console) -> None:
 
 
 def measure_saliency(options: argparse.Namespace, console: Console) -> None:
-    """Measure what recording costs on each network, and write it down."""
+    """Measure what reading Theta costs on each network, and write it down."""
     results: dict[str, dict[str, float]] = {}
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(saliency_cost.NETWORKS) * (options.repetitions + 1))
@@ -165,12 +165,15 @@ def saliency_table(results: Mapping[str, Mapping[str, float]]) -> Table:
     """Lay out one row per network."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("network", no_wrap=True)
-    headings = ("training step\nCPU ms", "with pruner\nCPU ms", "recording alone\nCPU ms")
-    for heading in (*headings, "recording\n/ step", "reading W, dW\n/ step"):
+    headings = ("training step\nCPU ms", "one with reading\nCPU ms", "reading alone\nCPU ms", "any other step\nCPU ms")
+    for heading in (*headings, "steps\nread", "cost of\nan epoch", "summing up W, dW\nCPU ms"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, seconds in results.items():
-        times = [f"{1000 * seconds[what]:,.2f}" for what in ("step", "watched", "recording")]
-        table.add_row(name, *times, *(f"{seconds[what] / seconds['step']:.2%}" for what in ("recording", "reading")))
+    for name, found in results.items():
+        times = {what: f"{1000 * value:,.2f}" for what, value in found.items()}
+        share = found["share"]
+        cost = (share * found["reading"] + (1 - share) * found["passing"]) / found["step"]
+        shown = [times[what] for what in ("step", "watched", "reading", "passing")]
+        table.add_row(name, *shown, f"{share:.1%}", f"{cost:.2%}", times["summing"])
     return table
 
 

@@ -1,4 +1,4 @@
-"""What it costs to record Theta at every optimizer step, relative to the step."""
+"""What it costs to read Theta at some of the optimizer's steps, relative to a step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch.optim import SGD, Optimizer
 
 from examples.torchvision_models import models
 from kfac_flat import NeuronPruner
+from kfac_flat.pruning.readings import Readings
+
+IMAGES = 50_000  # of an epoch, as many as CIFAR-10 has; MNIST has a few more
 
 
 def resnet18_cifar() -> tuple[nn.Module, tuple[int, ...]]:
@@ -45,33 +48,40 @@ def measure(
         on_step: Is called after each pair.
 
     Returns:
-        Medians in seconds of the processor, which other work on the machine disturbs least: ``step``, ``watched`` (a
-        step with the pruner), ``recording`` (what the pruner does in it), ``reading`` (summing up weights and
-        gradients, which no way of recording from these can be faster than).
+        ``share`` of an epoch's steps at which Theta is read. Medians in seconds of the processor, which other work on
+        the machine disturbs least: ``step``, ``watched`` (a step with the pruner at which it is read), ``reading``
+        (what the pruner does in it), ``passing`` (what it does in any other), ``summing`` (summing up weights and
+        gradients of all layers, for comparison).
     """
     torch.manual_seed(0)
     model, shape = make()
     x, y = torch.randn(batch, *shape), torch.randint(10, (batch,))
     plain, watched = (SGD(model.parameters(), lr=1e-3, momentum=0.9) for _ in range(2))
     pruner = NeuronPruner(model, watched, x[:1], target=0.5)
-    seen: dict[str, list[float]] = {"step": [], "watched": [], "recording": [], "reading": []}
+    steps = IMAGES // batch
+    of_an_epoch = Readings(pruner._readings.per_epoch, before=steps)
+    share = sum(of_an_epoch.next() for _ in range(steps)) / steps
+    seen: dict[str, list[float]] = {"step": [], "watched": [], "reading": [], "passing": [], "summing": []}
     for repetition in range(repetitions + 1):
+        pruner._readings = Readings(None)
         times = {
             "step": seconds(lambda: train_step(model, plain, x, y)),
             "watched": seconds(lambda: train_step(model, watched, x, y)),
-            "recording": seconds(lambda: pruner._record(watched)),
-            "reading": seconds(lambda: read(model)),
+            "reading": seconds(lambda: pruner._record(watched)),
+            "summing": seconds(lambda: sum_up(model)),
         }
+        pruner._readings = Readings(1, before=steps, seen=1)
+        times["passing"] = seconds(lambda: pruner._record(watched))
         for what, took in times.items():
             if repetition:
                 seen[what].append(took)
         on_step()
-    return {what: median(times) for what, times in seen.items()}
+    return {"share": share} | {what: median(times) for what, times in seen.items()}
 
 
 @torch.no_grad()
-def read(model: nn.Module) -> None:
-    """Read every weight that neurons are read by, and its gradient, once."""
+def sum_up(model: nn.Module) -> None:
+    """Go through every weight that neurons are read by, and its gradient, once."""
     for p in model.parameters():
         if p.dim() > 1 and p.grad is not None:
             p.sum(), p.grad.sum()

@@ -14,6 +14,9 @@ BUDGETS = ("neurons", "parameters", "macs", "latency")
 # (1 - 0.9) * 10 is a little more than 1, and 100 * (1 - 0.07) a little less than 93.
 ROUNDING = 1e-9
 
+# Of the neurons that an even cut to the target would leave a layer, what it keeps unless told otherwise: by evidence.
+EVEN_SHARE = 0.7
+
 
 PACES: dict[str, Callable[[float], float]] = {
     "linear": lambda t: t,
@@ -92,7 +95,7 @@ class Options:
     budget: str
     neurons_per_event: int | None
     min_neurons: int
-    max_share: float
+    max_share: float | None
     max_step: float
     round_to: int
     ranking: Ranking
@@ -108,7 +111,8 @@ class Options:
         for name, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number, at least 1")
-        for name, share in {"max_share": self.max_share, "max_step": self.max_step}.items():
+        shares = {"max_share": 1.0 if self.max_share is None else self.max_share, "max_step": self.max_step}
+        for name, share in shares.items():
             if not isinstance(share, (int, float)) or not 0 < share <= 1:
                 raise ValueError(f"{name}={share!r} must lie in (0, 1]: it is a share of each layer's neurons")
         if self.neurons_per_event is not None and self.budget != "neurons":
@@ -152,11 +156,17 @@ class Options:
         return {
             name: max(
                 self.min_neurons,
-                math.ceil((1 - self.max_share) * original[name] - ROUNDING),
+                self._kept_at_least(original[name]),
                 math.ceil((1 - self.max_step) * width - ROUNDING),
             )
             for name, width in widths.items()
         }
+
+    def _kept_at_least(self, width: int) -> int:
+        """Return how many of a layer's original neurons stay in the whole run."""
+        if self.max_share is None:
+            return math.floor(EVEN_SHARE * (1 - self.target) * width + ROUNDING)
+        return math.ceil((1 - self.max_share) * width - ROUNDING)
 
     def __str__(self) -> str:
         floors = f"min_neurons={self.min_neurons}, max_share={self.max_share}, max_step={self.max_step}"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 class Readings:
     """Chooses among the optimizer's steps.
 
-    Reading goes through weights and gradients once, which a small network's whole step hardly takes longer for, and the
-    mean over some dozens of steps ranks neurons as that over all of them does.
+    Reading goes through weights and gradients once. Of a small network, whose whole step takes not much longer, that is
+    a large part, and a mean over some of the steps ranks neurons nearly as that over all of them does.
 
     Attributes:
         per_epoch: How many steps are chosen in an epoch, if there are as many, and fewer than twice as many; somewhat

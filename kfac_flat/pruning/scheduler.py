@@ -77,7 +77,9 @@ class NeuronPruner:
         neurons_per_event: Remove this many neurons each time, as often as it takes; ``events`` and ``pace`` are not
             used then. Goes with budget "neurons" only.
         min_neurons: Neurons that each layer keeps at least.
-        max_share: Share of its original neurons that a layer may lose at most in the whole run, in (0, 1].
+        max_share: Share of its original neurons that a layer may lose at most in the whole run, in (0, 1]. By default
+            each keeps 0.7 of what it would if all lost the target's share, so that none becomes a bottleneck; unless
+            the target is then out of reach.
         max_step: Share of its present neurons that a layer may lose at most in one event, in (0, 1]. A layer of fewer
             than ``1 / max_step`` neurons loses none, and where too little can go in the events that there are, the
             target is missed: see :attr:`PruneReport.reason`.
@@ -137,14 +139,14 @@ class NeuronPruner:
         pace: str = "cubic",
         neurons_per_event: int | None = None,
         min_neurons: int = 1,
-        max_share: float = 1.0,
+        max_share: float | None = None,
         max_step: float = 1.0,
         round_to: int | None = None,
         ranking: str = "global",
         normalize: str | None = None,
         per: str = "neuron",
         ignore: Iterable[str | type[nn.Module]] = (),
-        readings: int | None = 32,
+        readings: int | None = 16,
         copies: Iterable[nn.Module] = (),
         keep_removed: bool = False,
     ) -> None:
@@ -168,7 +170,7 @@ class NeuronPruner:
         self._keep_removed = keep_removed
         self._undo: tuple[Undo, dict[str, Any], int] | None = None
         self._saliency = self._unscored(self._left)
-        self._check_reachable()
+        self._make_reachable()
         self._attach()
 
     def _attach(self) -> None:
@@ -455,27 +457,34 @@ class NeuronPruner:
             reasons.append("layers named in pruner.frozen cannot lose neurons")
         return "fewer neurons went than were due: " + "; ".join(reasons)
 
-    def _check_reachable(self) -> None:
-        """Refuse a target that no cut can reach, rather than stop short of it after hours."""
-        left, options = self._left, self._options
+    def _make_reachable(self) -> None:
+        """Give up the floors that nobody asked for if no cut reaches the target with them; refuse it if none does."""
+        every = self._options.amount(self._left.size)
         frozen = "".join(f"\n  {name}: {reason}" for name, reason in self.frozen.items())
-        if not left.size.neurons:
+        if not self._left.size.neurons:
             raise ValueError(
                 "the model has no neurons to remove: no Linear or convolution but those that form its output. "
                 f"Layers that cannot lose neurons:{frozen}"
             )
-        most = left.fewest([0.0] * len(left.groups.ids), 0.0, replace(options, max_step=1.0))
-        every, least = options.amount(left.size), left.amount_without(most)
-        if least > every * (1 - options.target + ROUNDING):
+        goal, least = every * (1 - self._options.target + ROUNDING), self._least()
+        if least > goal and self._options.max_share is None:
+            self._options = replace(self._options, max_share=1.0)
+            least = self._least()
+        if least > goal:  # rather than stop short of it after hours
             found = (
                 f"a call takes {1e6 * every:,.3g} microseconds, and {1e6 * least:,.3g} where all goes that can"
-                if options.times
-                else f"{every - least:,.9g} of the model's {every:,.9g} {options.budget} can be removed"
+                if self._options.times
+                else f"{every - least:,.9g} of the model's {every:,.9g} {self._options.budget} can be removed"
             )
             raise ValueError(
-                f"target={options.target} cannot be reached: {found} with {options}. "
+                f"target={self._options.target} cannot be reached: {found} with {self._options}. "
                 f"Layers that cannot lose neurons:{frozen}"
             )
+
+    def _least(self) -> float:
+        """Return what is left of the budget where all goes that may."""
+        left, at_once = self._left, replace(self._options, max_step=1.0)
+        return left.amount_without(left.fewest([0.0] * len(left.groups.ids), 0.0, at_once))
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -250,7 +250,7 @@ def test_only_neurons_that_nothing_but_linear_layers_read_are_merged() -> None:
         torch.manual_seed(0)
         model = Branches().double().eval()
     dense = copy.deepcopy(model)
-    pruner = pruner_of(model, torch.randn(2, 3).double(), target=0.5)
+    pruner = pruner_of(model, torch.randn(2, 3).double(), target=0.5, max_share=1.0)
     report = pruner.step()
     assert report.widths_after == {"a": 1, "b": 4, "c": 4, "d": 5, "e": 2}
     assert "cannot be merged" in report.reason

@@ -151,7 +151,15 @@ def test_damping_makes_any_factor_invertible_and_is_relative_to_it() -> None:
 
 def pruner_of(kind: type[NeuronPruner], model: nn.Module, x: Tensor, **options: Any) -> Any:
     optimizer = options.pop("optimizer", None) or optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    usual = {"target": 0.4, "start": 1, "every": 1, "events": 1, "likelihood": most_likely, "data": [x]}
+    usual = {
+        "target": 0.4,
+        "start": 1,
+        "every": 1,
+        "events": 1,
+        "max_share": 1.0,
+        "likelihood": most_likely,
+        "data": [x],
+    }
     return kind(model, optimizer, x[:1], **(usual | options))
 
 

@@ -94,9 +94,9 @@ def test_a_policy_says_what_differs_and_what_it_is_compared_with() -> None:
     assert read.options == {"pace": "linear", "max_share": 0.95, "normalize": "l2", "events": 10}
     assert read.flat
     assert read.reference == "FlatKFAC"
-    assert Policy.read("plain") == Policy("plain", False, {"pace": "linear"})
+    assert Policy.read("plain") == Policy("plain", False, {"pace": "linear", "max_share": 1.0})
     assert Policy.read("per=mac").reference == "plain"
-    assert all(len(Policy.read(name).options) <= len(name.split("+")) + 1 for name in policy.POLICIES)
+    assert all(len(Policy.read(name).options) <= len(name.split("+")) + 2 for name in policy.POLICIES)
 
 
 class Watched(Images):

@@ -122,7 +122,7 @@ def test_the_largest_neurons_go_first() -> None:
     assert pruner.plan().widths_after == {"0": 38, "2": 10, "4": 100}  # 4 + 1 + 20 parameters each, and 40 + 1 + 100
 
 
-def test_recording_is_timed_beside_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_reading_is_timed_beside_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     small = {"tiny": lambda: (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 10)), (6,))}
     monkeypatch.setattr(saliency_cost, "NETWORKS", small)
     recorded = []
@@ -131,9 +131,12 @@ def test_recording_is_timed_beside_training_steps(tmp_path: Path, monkeypatch: p
     pruner_speed.main(["--saliency", "--repetitions", "3", "--batch-size", "4", "--out", str(tmp_path)])
     written = json.loads((tmp_path / "saliency.json").read_text())
     seconds = written["seconds"]["tiny"]
-    assert len(recorded) == 2 * (3 + 1), "each repetition and the one before: a watched step, and recording alone"
-    assert 0 < seconds["recording"] < seconds["watched"]
-    assert f"{seconds['recording'] / seconds['step']:.2%}" in capsys.readouterr().out
+    assert len(recorded) == 3 * (3 + 1), "each repetition and the one before: a watched step, a reading, and none"
+    assert 0 < seconds["passing"] < seconds["reading"] < seconds["watched"]
+    assert seconds["share"] == pytest.approx(17 / 12_500, rel=0.1), "of the steps of 4 that 50,000 images make"
+    share, step = seconds["share"], seconds["step"]
+    cost = (share * seconds["reading"] + (1 - share) * seconds["passing"]) / step
+    assert f"{cost:.2%}" in capsys.readouterr().out
 
 
 def test_help_names_the_options(capsys: Any) -> None:

@@ -235,7 +235,7 @@ def test_every_event_reaches_its_goal_with_as_few_groups_as_possible(
     if budget == "latency":
         floor = fake_latency(nn.Sequential(), None)
         target = 0.4 * (1 - floor / fake_latency(model, None))
-    pruner = pruner_for(model, inputs, target=target, events=events, budget=budget, pace=pace)
+    pruner = pruner_for(model, inputs, target=target, events=events, budget=budget, pace=pace, max_share=1.0)
     original = amounts(pruner, torch.tensor([]).long())[budget]
     for event in range(1, events + 1):
         if pruner.finished:  # the last removal but one has gone a little too far
@@ -509,7 +509,8 @@ def test_a_resumed_pruner_goes_on_towards_the_same_target(budget: str, monkeypat
         ("normalize", "sum", r"normalize='sum' must be one of None, 'mean', 'max', 'l2'"),
         ("per", "layer", r"per='layer' must be one of 'neuron', 'parameter', 'mac', 'group'"),
         *((name, value, rf"{name}=.* must lie in \(0, 1\]") for name in ("max_share", "max_step")
-          for value in (0, 1.5, -0.1, math.nan, "all", None)),
+          for value in (0, 1.5, -0.1, math.nan, "all")),
+        ("max_step", None, r"max_step=None must lie in \(0, 1\]"),
         *((name, value, rf"{name}=.* must be a whole number, at least 1")
           for name in ("neurons_per_event", "round_to", "min_neurons") for value in (0, -3, 2.0, True, "2")),
     ],
@@ -517,6 +518,35 @@ def test_a_resumed_pruner_goes_on_towards_the_same_target(budget: str, monkeypat
 def test_wrong_values_are_refused_by_name(option: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pruner_for(mlp(4, 10, 3), torch.zeros(1, 4), **{option: value})
+
+
+@pytest.mark.parametrize("events", [1, 4])
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.75, 0.9])
+def test_by_default_no_layer_becomes_a_bottleneck(target: float, events: int) -> None:
+    widths = {}
+    for share in (None, 1.0):
+        model = mlp(4, 40, 30, 3).double()
+        pruner = pruner_for(model, torch.zeros(1, 4), target=target, events=events, max_share=share)
+        while not pruner.finished:
+            random_gradients(model, pruner._optimizer, seed=0)
+            pruner._saliency.total[:] = 1 + torch.rand(len(pruner._groups.ids))
+            narrow = torch.isin(pruner._groups.ids, pruner._channels["0"].outputs)
+            pruner._saliency.total[narrow] /= 1000  # all of the first layer goes first
+            pruner.step()
+        assert pruner.sparsity == pytest.approx(target, abs=0.02)
+        widths[share] = pruner.widths
+    even = (1 - target) * 40
+    assert widths[None]["0"] == math.floor(0.7 * even + 1e-9)
+    assert widths[1.0]["0"] == max(1, 40 - round(target * 70))
+
+
+def test_floors_that_nobody_asked_for_give_way_to_the_target() -> None:
+    options = {"target": 0.5, "ignore": ["2"]}  # of the 40 that can go, 35 have to, and the usual floor is 14
+    given = pruner_for(mlp(4, 40, 30, 3), torch.zeros(1, 4), **options)
+    random_gradients(given._model, given._optimizer, seed=0)
+    assert given.step().widths_after == {"0": 5, "2": 30, "4": 3}
+    with pytest.raises(ValueError, match=r"target=0.5 cannot be reached: 26 of .* with min_neurons=1, max_share=0.65"):
+        pruner_for(mlp(4, 40, 30, 3), torch.zeros(1, 4), **options, max_share=0.65)
 
 
 def test_a_number_of_neurons_is_no_budget_of_anything_else() -> None:
