@@ -14,7 +14,6 @@ seeds and epochs. Run it with ``python -m benchmarks.readings --task digits`` (`
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,26 +21,26 @@ from statistics import mean
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.optim import Optimizer
 
+from benchmarks.commands import Parser, begin
 from benchmarks.methods import METHODS
 from benchmarks.records import (
     Record,
     circumstances,
-    command_line,
     how_made,
     identity,
     in_file_of_task,
     make_missing,
     read_records,
     spread,
+    write_tables,
 )
 from benchmarks.tasks import TASKS, Task, accuracy
 from benchmarks.taylor_rank import spearman
-from examples.digits import Images, whole
+from examples.digits import Images
 from kfac_flat import NeuronPruner
 from kfac_flat.pruning.readings import Readings
 
@@ -121,9 +120,7 @@ def table(runs: Sequence[Record]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    torch.set_num_threads(options.threads)
-    options.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    console = begin(options)
     task = TASKS[options.task]
     data, epochs = task.load(options.data_root), options.epochs or task.epochs
     planned = [
@@ -138,31 +135,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     make_missing(planned, IDENTITY, file_of, make, about, console)
     asked = {identity(record, IDENTITY) for record in planned}
     runs = [record for record in read_records(file_of(planned[0])) if identity(record, IDENTITY) in asked]
-    with (options.out / f"{options.task}.txt").open("w") as file:
-        for where in (console, Console(file=file, width=160)):
-            where.print(table(runs))
-            where.print(f"mean accuracy {mean(r['accuracy'] for r in runs):.2f} %")
-            for line in how_made(runs):
-                where.print(line, soft_wrap=True, highlight=False, markup=False)
+    lines = [f"mean accuracy {mean(r['accuracy'] for r in runs):.2f} %", *how_made(runs)]
+    write_tables(options.out / f"{options.task}.txt", [table(runs)], lines, console)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.readings",
-        description="Compare rankings of neurons by some of an epoch's steps with that by all.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser("readings", "Compare rankings of neurons by some of an epoch's steps with that by all.")
     parser.add_argument("--task", choices=TASKS, default="digits", help="what to train on")
     parser.add_argument("--method", choices=("theta", "hgnp"), default="theta", help="without or with the penalty")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="repetitions")
-    parser.add_argument("--epochs", type=whole(1), help="of training; each task has its own unless given")
-    parser.add_argument("--data-root", type=Path, help="folder with MNIST/ or cifar-10-batches-py/, as of torchvision")
-    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for results")
-    options = parser.parse_args(arguments)
-    options.command = command_line(parser, arguments, options.data_root)
-    return options
+    parser.add_shared("--seeds", default=[0, 1, 2])
+    parser.add_shared("--epochs")
+    parser.add_shared("--data-root", help="folder with MNIST/ or cifar-10-batches-py/, as of torchvision")
+    parser.add_shared("--threads")
+    parser.add_shared("--out", default=RESULTS)
+    return parser.read(arguments)
 
 
 if __name__ == "__main__":
