@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kfac_flat.nested import map_tensors
 from kfac_flat.pruning import layers, rules
-from kfac_flat.pruning.tracing import Program, without_data
+from kfac_flat.pruning.tracing import Program, empty, without_data
 
 
 class DryRun(fx.Interpreter):
@@ -44,7 +44,7 @@ class DryRun(fx.Interpreter):
         """Call a function, if need be."""
         like = rules.same_as_result(target, args, kwargs)
         if like is not None:
-            return _like(like)
+            return empty(like)
         rule = rules.find(target)
         with _new_tensors(rule is not None, args):
             return self._counted(rule, lambda: target(*args, **kwargs))
@@ -62,7 +62,7 @@ class DryRun(fx.Interpreter):
         module = self.submodules[target]
         x = args[0] if len(args) == 1 and not kwargs else None
         if x is not None and rules.changes_no_shape(module, x):
-            return _like(x)
+            return empty(x)
         if x is not None and layers.is_producer(module) and not layers.is_attention(module):
             result = _linear(module, x) if isinstance(module, nn.Linear) else module(x)
             self.flops += 2 * layers.positions(module, x, result) * layers.weight_of(module).numel()
@@ -81,16 +81,11 @@ class DryRun(fx.Interpreter):
         return result
 
 
-def _like(x: Tensor) -> Tensor:
-    """Return what :func:`torch.empty_like` does, which takes longer to find out how a tensor lies in memory."""
-    return x.new_empty(x.shape) if x.is_contiguous() else torch.empty_like(x)
-
-
 def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     """Return what a Linear layer makes of ``x``; asking torch takes a third of a millisecond."""
     if x.dim() == 0 or x.shape[-1] != module.weight.shape[1]:
         raise RuntimeError(f"it reads {module.weight.shape[1]} features, not {list(x.shape)}")
-    return x.new_empty((*x.shape[:-1], module.weight.shape[0]))
+    return torch.empty((*x.shape[:-1], module.weight.shape[0]), dtype=x.dtype, device="meta")
 
 
 def _new_tensors(known: bool, args: tuple[Any, ...]) -> AbstractContextManager[Any]:

@@ -23,7 +23,14 @@ from kfac_flat.structure import structural_copy
 
 def without_data(value: Any) -> Any:
     """Replace every tensor in ``value`` by one that has its shape and no data; runs on these cost next to nothing."""
-    return map_tensors(lambda t: torch.empty_like(t, device="meta"), value)
+    return map_tensors(empty, value)
+
+
+def empty(t: Tensor) -> Tensor:
+    """Return a tensor without data that lies in memory as ``t`` does."""
+    if t.layout == torch.strided and t.is_contiguous():  # ten times as fast where t has no data either
+        return torch.empty(t.shape, dtype=t.dtype, device="meta")
+    return torch.empty_like(t, device="meta")
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -144,9 +151,9 @@ class Program:
         )
 
 
-def wiring(n: fx.Node) -> str:
+def wiring(n: fx.Node) -> Any:
     """Name the results that an operation reads, argument by argument."""
-    return str(fx.node.map_aggregate((n.args, n.kwargs), lambda a: a.name if isinstance(a, fx.Node) else None))
+    return fx.node.map_aggregate((n.args, n.kwargs), lambda a: a.name if isinstance(a, fx.Node) else None)
 
 
 class UntraceableError(ValueError):
