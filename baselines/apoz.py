@@ -51,7 +51,7 @@ class APoZPruner(FeatureMapPruner):
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> pruner = APoZPruner(model, optimizer, torch.randn(1, 4), target=0.25, start=1, every=1, events=1)
-        >>> _ = model[0].bias.data.index_fill_(0, torch.tensor([2, 5]), -100.0)  # never active
+        >>> _ = model[0].bias.data.fill_(100.0).index_fill_(0, torch.tensor([2, 5]), -100.0)  # these are never active
         >>> nn.functional.cross_entropy(model(torch.randn(16, 4)), torch.randint(3, (16,))).backward()
         >>> pruner.step().removed
         {'0': tensor([2, 5])}
