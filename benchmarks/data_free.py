@@ -114,7 +114,8 @@ def pruned(model: nn.Module, method: type[NeuronPruner], x: Tensor, **options: A
     small = copy.deepcopy(model)
     still = SGD(small.parameters(), lr=0.0)
     convolutions = [name for name, module in small.named_modules() if isinstance(module, nn.Conv2d)]
-    pruner = method(small, still, x, start=1, events=1, ignore=convolutions, budget="parameters", **options)
+    usual = {"start": 1, "events": 1, "max_share": 1.0, "ignore": convolutions, "budget": "parameters"}
+    pruner = method(small, still, x, **usual, **options)
     pruner.step()
     return small, pruner
 

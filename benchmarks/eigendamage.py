@@ -41,11 +41,12 @@ from benchmarks.policy import by_seed
 from benchmarks.records import Record, circumstances, how_made, make_missing, read_records, spread, write_tables
 from examples.digits import Images, accuracy, share, whole
 
+# The paper has no floors under the layers but those of a single removal, see max_step below.
 METHODS: dict[str, Callable[..., Any]] = {
-    "C-OBD": ChannelOBDPruner,
-    "C-OBS": ChannelOBSPruner,
-    "Kron-OBD": KronOBDPruner,
-    "Kron-OBS": KronOBSPruner,
+    "C-OBD": partial(ChannelOBDPruner, max_share=1.0),
+    "C-OBS": partial(ChannelOBSPruner, max_share=1.0),
+    "Kron-OBD": partial(KronOBDPruner, max_share=1.0),
+    "Kron-OBS": partial(KronOBSPruner, max_share=1.0),
     "EigenDamage": EigenDamagePruner,
 }
 BATCH_SIZE = 128

@@ -210,11 +210,14 @@ class Method:
 # The threshold is the paper's for both of its networks on CIFAR-10 [Ebrahimi & Klabjan, arXiv 2111.08577, table 4].
 HYBRID = {"taylor": TaylorPruner, "threshold": 0.878}
 
+# No paper has floors under the layers, and all read every step.
+AS_PUBLISHED = {"max_share": 1.0, "readings": None}
+
 METHODS = {
     "sgd": Method(pruner=None),
     "hgnp": Method(FlatKFAC),
     # As in the paper: the batch's own labels, the penalty in full at every step, equal cuts; its weight is not told.
-    "hgnp-plain": Method(partial(at_every_step, mu=0.01, clip=None), options={"pace": "linear"}),
+    "hgnp-plain": Method(partial(at_every_step, mu=0.01, clip=None), options={**AS_PUBLISHED, "pace": "linear"}),
     "hgnp-thorough": Method(partial(at_every_step, mu=0.1, reduction="sum")),
     "hgnp-per-mac": Method(FlatKFAC, options={"per": "mac"}),
     "hybrid": Method(FlatKFAC, HybridPruner, options=HYBRID),
@@ -228,7 +231,7 @@ METHODS = {
     "taylor": Method(pruner=TaylorPruner),
     "taylor-per-mac": Method(pruner=TaylorPruner, options={"per": "mac"}),
     "taylor-flops": Method(pruner=TaylorPruner, options={"flops_weight": 1e-3}),
-    "taylor-one-by-one": Method(pruner=TaylorPruner, timing=one_by_one),  # as in the paper
+    "taylor-one-by-one": Method(pruner=TaylorPruner, timing=one_by_one, options=AS_PUBLISHED),  # as in the paper
     "taylor2019": Method(pruner=GateTaylorPruner),
     "c-obd": Method(pruner=ChannelOBDPruner, timing=capped, reads=True),
     "c-obs": Method(pruner=ChannelOBSPruner, timing=capped, reads=True),
