@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from kfac_flat import NeuronPruner
 from kfac_flat.changes import Change, setting
 from kfac_flat.pruning.layers import is_producer
-from kfac_flat.pruning.report import Size
+from kfac_flat.pruning.remaining import Removal
 
 # ---------------------------------------------------------------- the pruner
 
@@ -92,11 +92,10 @@ class HybridPruner(NeuronPruner):
     def _scores(self) -> list[float] | None:
         return self._taylor._scores() if self._in_first_part() else super()._scores()
 
-    def _cut(self, gone: Tensor, size: Size) -> list[Change]:
+    def _cut(self, removal: Removal) -> list[Change]:
         """Prepare a cut that the other pruner follows."""
-        changes = super()._cut(gone, size)
-        left = self._left.without(gone, size)
-        return [*changes, setting(self._taylor, {"_left": left, "_saliency": self._taylor._unscored(left)})]
+        followed = {"_left": removal.left, "_saliency": self._taylor._unscored(removal.left)}
+        return [*super()._cut(removal), setting(self._taylor, followed)]
 
     def undo(self) -> None:
         """Put back the neurons that the last removal took; the pruner that chose first scores anew from then on."""

@@ -33,7 +33,7 @@ from kfac_flat.curvature.likelihood import Likelihood
 from kfac_flat.curvature.radius import LayerData
 from kfac_flat.pruning.graph import kept_without
 from kfac_flat.pruning.layers import is_producer
-from kfac_flat.pruning.report import Size
+from kfac_flat.pruning.remaining import Removal
 from kfac_flat.pruning.surgery import module_cut, select
 from kfac_flat.structure import Kept, unwrap
 
@@ -240,10 +240,10 @@ class SurgeonPruner(CurvaturePruner):
         inverse: Tensor = torch.linalg.inv(damped(M, self._damping))
         return inverse
 
-    def _cut(self, gone: Tensor, size: Size) -> list[Change]:
+    def _cut(self, removal: Removal) -> list[Change]:
         found, self._statistics = self._statistics, {}
-        changes = super()._cut(gone, size)
-        for name, kept in kept_without(self._channels, gone).items():
+        changes = super()._cut(removal)
+        for name, kept in kept_without(self._channels, removal.gone).items():
             if name in found and len(kept.outputs) < len(self._channels[name].outputs):
                 for model in (self._model, *self._copies):
                     changes += self._compensation(model.get_submodule(name), kept, found[name])  # type: ignore[arg-type]

@@ -14,7 +14,30 @@ from kfac_flat.pruning import layers, rules
 from kfac_flat.pruning.tracing import Program, empty, without_data
 
 
-class DryRun(fx.Interpreter):
+class Run(fx.Interpreter):
+    """Runs a trace on a skeleton, without the notes that torch.fx makes at each operation for a compiler.
+
+    Args:
+        bare: A skeleton of the model.
+        program: The trace.
+    """
+
+    def __init__(self, bare: nn.Module, program: Program) -> None:
+        super().__init__(bare, graph=program.graph)
+        self.extra_traceback = False  # errors here are the user's, and say which operation they concern
+        self._program = program
+
+    def fetch_attr(self, target: str) -> Any:
+        """Look up a parameter, buffer, or tensor that was made while tracing."""
+        return self._program.constants[target] if target in self._program.constants else super().fetch_attr(target)
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one operation."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return getattr(self, n.op)(n.target, args, kwargs)
+
+
+class DryRun(Run):
     """Runs a traced model on tensors without data.
 
     Where the shape of a result is known beforehand the call is not made: torch's own computation of shapes takes most
@@ -30,15 +53,9 @@ class DryRun(fx.Interpreter):
     """
 
     def __init__(self, bare: nn.Module, program: Program, counts: bool) -> None:
-        super().__init__(_prepared(bare, program), graph=program.graph)
-        self.extra_traceback = False  # errors here are the user's, and say which operation they concern
+        super().__init__(_prepared(bare, program), program)
         self.flops = 0
-        self._program = program
         self._counts = counts
-
-    def fetch_attr(self, target: str) -> Any:
-        """Look up a parameter, buffer, or tensor that was made while tracing."""
-        return self._program.constants[target] if target in self._program.constants else super().fetch_attr(target)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function, if need be."""

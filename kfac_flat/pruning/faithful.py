@@ -6,7 +6,9 @@ another: ``isinstance(x, Tensor)``, ``hasattr(x, "sizes")``, ``x.grad_fn is None
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
@@ -17,16 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac_flat.nested import map_tensors, tensors
 from kfac_flat.pruning import rules
-from kfac_flat.pruning.execution import on_zeros
-from kfac_flat.pruning.tracing import ExampleInputs, Program, skeleton
+from kfac_flat.pruning.execution import Run, on_zeros
+from kfac_flat.pruning.tracing import ExampleInputs, Program
 
 # What code raises that cannot run without data.
 _NOT_WITHOUT_DATA = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError)
 
 
-def first_difference(
-    bare: nn.Module, program: Program, inputs: ExampleInputs, results: Results | None = None
-) -> int | None:
+def first_difference(bare: nn.Module, program: Program, inputs: ExampleInputs, results: Results) -> int | None:
     """Return the place in the trace at which the model's code does something else, or None if both do the same.
 
     Code that cannot run without data, as it may where random numbers decide, is not compared: that is None as well.
@@ -37,20 +37,14 @@ def first_difference(
         inputs: What it is called with.
         results: What torch's operations are known to return, to which more is added.
     """
-    model = _stand_in(bare, program)
-    results = Results() if results is None else results
-    by_code, by_trace = _Calls(model, inputs, results), _Calls(model, inputs, results)
+    by_code, by_trace = _Calls(bare, inputs, results), _Calls(bare, inputs, results)
     with torch.device("meta"), torch.set_grad_enabled(program.training):
         try:
-            with by_code:
-                model(*inputs.args, **inputs.kwargs)
-        except _NOT_WITHOUT_DATA:
-            return None
-        steps = _Steps(model, program, by_trace)
-        try:
-            with by_trace:
-                steps.run(*inputs.arguments(model.forward).values())
-        except _NOT_WITHOUT_DATA:  # what went wrong is said where the neurons are followed
+            with _doing_less(bare, program), by_code:
+                bare(*inputs.args, **inputs.kwargs)
+            with _doing_less(bare, program), by_trace:
+                _Steps(bare, program, by_trace).run(*inputs.arguments(bare.forward).values())
+        except _NOT_WITHOUT_DATA:  # what goes wrong in the trace is said where the neurons are followed
             return None
     pairs = zip_longest(*(by_code.in_place.written(calls.made) for calls in (by_code, by_trace)))
     different = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
@@ -181,18 +175,13 @@ def _out_of_place(func: Any) -> str:
     return f"{name}.{func._overloadname}"
 
 
-class _Steps(fx.Interpreter):
+class _Steps(Run):
     """Runs a trace, and says where it is."""
 
     def __init__(self, model: nn.Module, program: Program, calls: _Calls) -> None:
-        super().__init__(model, graph=program.graph)
-        self.extra_traceback = False
-        self._program, self._calls = program, calls
+        super().__init__(model, program)
+        self._calls = calls
         self._places = {n: i for i, n in enumerate(program.graph.nodes)}
-
-    def fetch_attr(self, target: str) -> Any:
-        """Look up a parameter, buffer, or tensor that was made while tracing."""
-        return self._program.constants[target] if target in self._program.constants else super().fetch_attr(target)
 
     def run_node(self, n: fx.Node) -> Any:
         """Run one operation."""
@@ -200,15 +189,29 @@ class _Steps(fx.Interpreter):
         return super().run_node(n)
 
 
-def _stand_in(bare: nn.Module, program: Program) -> nn.Module:
-    """Copy a skeleton; norms, which would refuse a single example, and what is not looked into do less."""
-    model = skeleton(bare).train(program.training)
-    for name, module in model.named_modules():
+@contextlib.contextmanager
+def _doing_less(bare: nn.Module, program: Program) -> Iterator[None]:
+    """Let norms, which would refuse a single example, and what is not looked into do less.
+
+    Whatever the model's code puts into its modules meanwhile is taken out again.
+    """
+    before = [(held, dict(held)) for module in bare.modules() for held in _held(module)]
+    bare.train(program.training)
+    for name, module in bare.named_modules():
         if name in program.opaque:
             module.forward = functools.partial(_opaque, program.opaque[name])
         elif isinstance(module, _NormBase) and (rules.is_leaf(module) or type(module).__module__.startswith("torch.")):
             module.forward = _normed
-    return model
+    try:
+        yield
+    finally:
+        for held, own in before:
+            held.clear()
+            held.update(own)
+
+
+def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return vars(module), module._parameters, module._buffers, module._modules
 
 
 def _opaque(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -114,6 +114,7 @@ class NeuronGraph:
         self.inputs = ExampleInputs.of(example_inputs)
         self._bare = skeleton(model)
         self._programs = trace(model, self._bare, self.inputs, rules.is_leaf, rules.keeps_shape)
+        self._results = Results()
         self._check_traces(model)
         self._ignore, self._whole = dict(ignore or {}), dict(whole or {})
         self._stuck: dict[Place, str] = {}  # operations that no rule gets right, found by trial
@@ -141,9 +142,8 @@ class NeuronGraph:
 
     def _check_traces(self, model: nn.Module) -> None:
         """Refuse a model whose code has not been followed as it runs."""
-        results = Results()
         for program in self._programs.values():
-            differs = first_difference(self._bare, program, self.inputs, results)
+            differs = first_difference(self._bare, program, self.inputs, self._results)
             if differs is not None:
                 node = list(program.graph.nodes)[differs]
                 raise ValueError(
@@ -172,38 +172,40 @@ class NeuronGraph:
         Raises:
             CutError: if a layer would read other neurons than it should, or the model would no longer run.
         """
-        small, macs = self._cut_skeleton(model, channels, gone, counts=True)
+        small, macs = self._cut_skeleton(model, channels, gone)
         remaining = without(channels, gone)
         neurons = sum(len(remaining[name].outputs) for name in self.hidden)
         return Size(neurons, sum(p.numel() for p in small.parameters()), macs)
 
     def _cut_skeleton(
-        self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor, counts: bool = False
+        self, model: nn.Module, channels: Mapping[str, Channels], gone: Tensor, *, trial: bool = False
     ) -> tuple[nn.Module, int]:
         """Return a skeleton of the model that does without these groups, and its multiply-accumulates if asked to."""
         small = skeleton(model)
         Surgery(small, kept_without(channels, gone)).apply()
-        return small, self._verify(small, without(channels, gone), counts)
+        return small, self._verify(small, without(channels, gone), trial)
 
-    def _verify(self, pruned: nn.Module, channels: Mapping[str, Channels], counts: bool) -> int:
+    def _verify(self, pruned: nn.Module, channels: Mapping[str, Channels], trial: bool) -> int:
         """Prove on a skeleton that has been cut that each module reads exactly the neurons it should.
 
-        The smaller model is traced anew, so that what its code makes of its own widths is seen as well.
+        The smaller model is traced anew, so that what its code makes of its own widths is seen as well, and the trace
+        compared with the code. That is left out in a trial where the code asks for no size, nothing is counted either,
+        and the verification of the real cut finds what may be left.
 
         Returns:
-            Multiply-accumulates of one example in eval mode, biases and norms not counted, if asked to count.
+            Multiply-accumulates of one example in eval mode, biases and norms not counted; 0 in a trial.
 
         Raises:
             CutError: if a module reads others, or the model no longer runs or computes with other numbers.
         """
-        macs, modules, results = 0, dict(pruned.named_modules()), Results()
+        macs, modules = 0, dict(pruned.named_modules())
         for training, dense in self._programs.items():
             try:
                 small = Program.of(pruned, self.inputs, training, rules.is_leaf, dense.opaque)
             except UntraceableError as error:
                 raise CutError(f"after the cut, the model cannot be traced: {error}") from error
             small.opaque = dense.opaque
-            differs = first_difference(pruned, small, self.inputs, results)
+            differs = first_difference(pruned, small, self.inputs, self._results) if small.asks or not trial else None
             if differs is not None:
                 raise FailedAtError(
                     (training, differs), "what the code does around it depends on the number of neurons"
@@ -217,7 +219,7 @@ class NeuronGraph:
                     raise FailedAtError(
                         (training, i), f"{described(a, modules)} reads what depends on the number of neurons"
                     )
-            ran = self._run(pruned, small, _Verification(channels), self._numbers, counts=counts and not training)
+            ran = self._run(pruned, small, _Verification(channels), self._numbers, counts=not trial and not training)
             macs = ran.flops // (2 * self.inputs.batch_size)  # eval mode comes last
         return macs
 
@@ -268,8 +270,9 @@ class NeuronGraph:
     def _try_cut(self) -> FailedAtError | None:
         """Cut a skeleton somehow and verify it; returns what went wrong, if anything did."""
         groups = Groups.of({name: c.outputs for name, c in self.channels.items()})
+        gone = groups.about_half(torch.Generator().manual_seed(0))
         try:
-            self._cut_skeleton(self._bare, self.channels, groups.about_half(torch.Generator().manual_seed(0)))
+            self._cut_skeleton(self._bare, self.channels, gone, trial=True)
         except FailedAtError as failure:
             return failure
         return None

@@ -204,7 +204,7 @@ def inspect(model: nn.Module, example_inputs: Any, target: float | None = None) 
     options = Options(share, "neurons", None, 1, 1.0, 1.0, 1, Ranking("layer"))
     dense = Remaining.everything(model, graph, options)
     most = dense.fewest([0.0] * len(dense.groups.ids), 0.0, options)
-    least = dense.without(most, dense.measure(most))
+    least = dense.removal(most).left
     return Inspection(
         {name: _layer(model, name, dense, least) for name in graph.producers},
         [Tied(len(kind.groups), dict(kind.members)) for kind in dense.groups.kinds],
@@ -247,5 +247,5 @@ def _even_cut(dense: Remaining, least: Remaining, options: Options) -> EvenCut:
             "neurons can go at most"
         )
     gone = dense.fewest([0.0] * len(dense.groups.ids), goal, options)
-    left = dense.without(gone, dense.measure(gone))
+    left = dense.removal(gone).left
     return EvenCut(options.target, left.widths(), left.size)

@@ -32,6 +32,7 @@ class Remaining:
         channels: The groups of every module's channels, by name.
         kept: Positions of the channels in the dense module, inputs and outputs, by name.
         groups: The groups that can go.
+        dense: The groups that could go before any went.
         size: The model's size.
     """
 
@@ -41,6 +42,7 @@ class Remaining:
     channels: dict[str, Channels]
     kept: dict[str, tuple[Tensor, Tensor]]
     groups: Groups
+    dense: Groups
     size: Size
 
     @classmethod
@@ -49,11 +51,19 @@ class Remaining:
         kept = {n: (torch.arange(len(c.inputs)), torch.arange(len(c.outputs))) for n, c in graph.channels.items()}
         neurons = sum(len(graph.channels[name].outputs) for name in graph.hidden)
         size = Size(neurons, sum(p.numel() for p in model.parameters()), graph.macs)
-        dense = cls(model, graph, options, graph.channels, kept, _groups(graph, graph.channels), size)
+        groups = _groups(graph, graph.channels)
+        dense = cls(model, graph, options, graph.channels, kept, groups, groups, size)
         return replace(dense, size=replace(size, latency=dense._latency(NONE))) if options.times else dense
 
-    def without(self, gone: Tensor, size: Size) -> Remaining:
-        """Return what is left when these groups have gone, and the model is of this size."""
+    def removal(self, gone: Tensor) -> Removal:
+        """Prove on a skeleton that the model can do without these groups, and return what is left then.
+
+        Raises:
+            CutError: if it cannot.
+        """
+        return Removal(gone, self._without(gone, self._measure(gone)))
+
+    def _without(self, gone: Tensor, size: Size) -> Remaining:
         positions = dict(self.kept)
         for name, keep in kept_without(self.channels, gone).items():
             inputs, outputs = positions[name]
@@ -72,12 +82,7 @@ class Remaining:
         """Output channels of each producer."""
         return {name: len(self.channels[name].outputs) for name in self.graph.producers}
 
-    def measure(self, gone: Tensor) -> Size:
-        """Prove on a skeleton that the model can do without these groups, and return the size that it would have.
-
-        Raises:
-            CutError: if it cannot.
-        """
+    def _measure(self, gone: Tensor) -> Size:
         size = self.graph.measure(self.model, self.channels, gone)
         return replace(size, latency=self._latency(gone)) if self.options.times else size
 
@@ -89,12 +94,11 @@ class Remaining:
             effects = self.groups.normalised(effects, ranking.normalize)
         parameters, macs = costs.of_each(self.groups.ids)
         each = {"neuron": self.groups.neurons.double(), "parameter": parameters, "mac": macs}
-        dense = _groups(self.graph, self.graph.channels)
         order = self.groups.order(
             *(effects, each.get(ranking.per, torch.ones_like(effects))),
-            floors=options.floors(self.groups.widths, dense.widths),
+            floors=options.floors(self.groups.widths, self.dense.widths),
             round_to=options.round_to,
-            alike=dense if ranking.scope == "layer" else None,
+            alike=self.dense if ranking.scope == "layer" else None,
         )
         return order.fewest(lambda gone: self._amount_without(gone, costs) <= goal)
 
@@ -115,6 +119,14 @@ class Remaining:
         small = structural_copy(self.model, lambda t: t.detach().clone())
         Surgery(small, kept_without(self.channels, gone)).apply()
         return latency(small, self.graph.inputs)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Groups that go, and what is left without them."""
+
+    gone: Tensor
+    left: Remaining
 
 
 def _groups(graph: NeuronGraph, channels: dict[str, Channels]) -> Groups:

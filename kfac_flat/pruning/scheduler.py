@@ -23,7 +23,7 @@ from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.graph import Channels, NeuronGraph, kept_without
 from kfac_flat.pruning.groups import Groups
 from kfac_flat.pruning.readings import Readings
-from kfac_flat.pruning.remaining import NONE, Remaining
+from kfac_flat.pruning.remaining import NONE, Remaining, Removal
 from kfac_flat.pruning.report import PruneReport, Size, scalars
 from kfac_flat.pruning.saliency import Saliency
 from kfac_flat.pruning.surgery import Surgery
@@ -270,11 +270,11 @@ class NeuronPruner:
         elif (scores := agreement.on_scores(self._scores())) is None:
             report = self._report(epoch, reason=_UNSCORED)
         else:
-            report, gone = self._choose(epoch, scores)
+            report, removal = self._choose(epoch, scores)
             own["_event"] = self._event + 1
             if report:
-                changes = self._cut(gone, report.after)
-            changes.append(Change(lambda: agreement.on_cut(gone), lambda: None))
+                changes = self._cut(removal)
+            changes.append(Change(lambda: agreement.on_cut(removal.gone), lambda: None))
         return report, [*changes, setting(self, own)]
 
     def plan(self) -> PruneReport:
@@ -332,23 +332,23 @@ class NeuronPruner:
         """Effect of removing each group, in the order of ``self._groups``; None while nothing is known of it."""
         return self._saliency.scores()
 
-    def _choose(self, epoch: int, scores: list[float]) -> tuple[PruneReport, Tensor]:
+    def _choose(self, epoch: int, scores: list[float]) -> tuple[PruneReport, Removal]:
         """Choose the groups that go with the next event, and prove on a skeleton that the model can do without them."""
-        event = self._event + 1
+        event, nothing = self._event + 1, Removal(NONE, self._left)
         goal = self._options.goal(self._options.amount(self._dense.size), event, self._schedule.share(event))
         if self._options.amount(self._left.size) <= goal:
-            return self._report(epoch, reason="an earlier removal took this one's share along"), NONE
+            return self._report(epoch, reason="an earlier removal took this one's share along"), nothing
         gone = self._left.fewest(scores, goal, self._options)
         if not len(gone):
-            return self._report(epoch, reason=self._why_less(scores)), gone
-        after = self._left.measure(gone)
-        reason = self._why_less(scores) if self._options.amount(after) > goal else ""
-        return self._report(epoch, gone, after, reason), gone
+            return self._report(epoch, reason=self._why_less(scores)), nothing
+        removal = self._left.removal(gone)
+        reason = self._why_less(scores) if self._options.amount(removal.left.size) > goal else ""
+        return self._between(self._left, removal.left, epoch, reason), removal
 
-    def _cut(self, gone: Tensor, size: Size) -> list[Change]:
+    def _cut(self, removal: Removal) -> list[Change]:
         """Prepare a cut of the model and all that follows it, this pruner included."""
-        kept, left = kept_without(self._left.channels, gone), self._left.without(gone, size)
-        own: dict[str, Any] = {"_left": left, "_saliency": self._unscored(left)}
+        kept = kept_without(self._left.channels, removal.gone)
+        own: dict[str, Any] = {"_left": removal.left, "_saliency": self._unscored(removal.left)}
         surgery = Surgery(self._model, kept, self._optimizer, self._copies)
         if self._keep_removed:
             before = {name: getattr(self, name) for name in (*own, "_epoch", "_event", "_readings")}
@@ -378,11 +378,9 @@ class NeuronPruner:
 
     # ---------------------------------------------------------------- reporting
 
-    def _report(
-        self, epoch: int, gone: Tensor | None = None, after: Size | None = None, reason: str = ""
-    ) -> PruneReport:
-        left = self._left if gone is None or after is None else self._left.without(gone, after)
-        return self._between(self._left, left, epoch, reason)
+    def _report(self, epoch: int, reason: str) -> PruneReport:
+        """Report that nothing went."""
+        return self._between(self._left, self._left, epoch, reason)
 
     def _between(self, before: Remaining, after: Remaining, epoch: int, reason: str = "") -> PruneReport:
         """Report on all that went from one state to the other."""
@@ -545,15 +543,15 @@ class NeuronPruner:
                 and torch.equal(outputs[keep.outputs], layers[name][1])
             ):
                 raise ValueError(f"the state keeps other channels of {name} than go together in this model")
-        left = self._left.without(gone, self._left.measure(gone))
-        saliency = self._unscored(left)
+        removal = self._left.removal(gone)
+        saliency = self._unscored(removal.left)
         saliency.load_state_dict(state_dict["saliency"])
         loaded = {"_saliency": saliency, "_epoch": state_dict["epoch"], "_event": state_dict["event"], "_undo": None}
         loaded["_readings"] = Readings(self._readings.per_epoch, *state_dict["readings"])
         if self._options.times:  # what the rest of the run is measured by
             size = replace(self._dense.size, latency=state_dict["original"])
             loaded["_dense"] = replace(self._dense, size=size)
-        make_all([*self._cut(gone, left.size), setting(self, loaded)])
+        make_all([*self._cut(removal), setting(self, loaded)])
 
 
 _UNSCORED = "no optimizer step with finite gradients since the last removal, so nothing is known of the neurons"

@@ -96,6 +96,8 @@ class Program:
         training: Train or eval mode.
         constants: Tensors made while tracing, which every copy of the model needs as attributes.
         values: Those tensors as the model's code made them, with data.
+        asks: Whether the model's code asked for what only its inputs tell, such as a size, or looked it up in a set or
+            dict; if not, all inputs lead to the same trace.
         opaque: Submodules that cannot be traced, with data, by name: only running them tells the shape of their output.
     """
 
@@ -103,6 +105,7 @@ class Program:
     training: bool
     constants: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
+    asks: bool = True
     opaque: dict[str, nn.Module] = field(default_factory=dict)
 
     @classmethod
@@ -127,14 +130,16 @@ class Program:
             try:
                 graph = tracer.trace(bare.train(training))
             except _TRACE_ERRORS as error:
+                failed = tracer.failed
                 try:  # a buffer cut to a size of the input, such as mask[:T, :T], is followed only as an operation
                     if not isinstance(error, TypeError):
                         raise
-                    graph = _Tracer(inputs, is_known, opaque, buffers=True).trace(bare)
+                    tracer = _Tracer(inputs, is_known, opaque, buffers=True)
+                    graph = tracer.trace(bare)
                 except _TRACE_ERRORS:  # what went wrong at first says more
-                    raise UntraceableError(tracer.failed, str(error)) from error
+                    raise UntraceableError(failed, str(error)) from error
         made = {name: vars(bare).pop(name) for name in set(vars(bare)) - before}
-        return cls(graph, training, {name: without_data(value) for name, value in made.items()}, made)
+        return cls(graph, training, {name: without_data(value) for name, value in made.items()}, made, tracer.asked)
 
     def same_as(self, other: Program, keeps_shape: Callable[[Any], bool]) -> bool:
         """Tell whether both modes do the same, as far as neurons are concerned.
@@ -223,6 +228,8 @@ def _check_larger_batches(
 ) -> None:
     """Refuse a single example where the model's code does something else for two."""
     for training, program in programs.items():
+        if not program.asks:
+            continue
         try:
             two = Program.of(bare, inputs.doubled(), training, is_known, program.opaque)
         except UntraceableError:  # it takes no more than one
@@ -247,6 +254,10 @@ class _Unpacked:
         if number is None:
             return self.tracer.iter(self)  # type: ignore[attr-defined, no-any-return]
         return (self[i] for i in range(number))  # type: ignore[index]
+
+    def __hash__(self) -> int:  # for a set or a dict, in which it is not found as its value would be
+        self.tracer.asked = True  # type: ignore[attr-defined]
+        return super().__hash__()
 
     def __len__(self) -> int:
         return len(self.tracer.value_of(self.node))  # type: ignore[attr-defined]
@@ -313,6 +324,7 @@ class _Tracer(fx.Tracer):
         self._is_known = is_known
         self._opaque = opaque
         self.failed: str | None = None
+        self.asked = False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Do not look into known modules, torch's own, and those that failed before."""
@@ -335,6 +347,7 @@ class _Tracer(fx.Tracer):
         Raises:
             fx.proxy.TraceError: if that depends on data or the device, or the operation cannot be run.
         """
+        self.asked = True
         for n in self.graph.nodes:
             if n not in self._known:
                 try:

@@ -64,7 +64,7 @@ def test_half_of_what_can_go_goes_exactly_and_the_rest_is_named(name: str) -> No
 def test_all_but_the_output_of_a_convolutional_network_can_go(name: str) -> None:
     size, _, architecture, _ = CASES[name]
     pruner = pruner_for(build(name), torch.zeros(1, 3, size, size), max_share=1.0)
-    least = pruner._left.measure(pruner._left.fewest([0.0] * len(pruner._groups.ids), 0.0, pruner._options))
+    least = pruner._left.removal(pruner._left.fewest([0.0] * len(pruner._groups.ids), 0.0, pruner._options)).left.size
     print(f"{name} ({architecture}): {1 - least.parameters / pruner.size.parameters:.1%} of the parameters can go")
     assert set(pruner.frozen.values()) == {"forms the model's output"}
     assert least.parameters < 0.02 * pruner.size.parameters

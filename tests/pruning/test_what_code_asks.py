@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kfac_flat.pruning.errors import CutError
 from kfac_flat.pruning.graph import NeuronGraph
 from tests.pruning.lifecycle import assert_masked, assert_reloads, pruned
-from tests.pruning.masking import pruner_for
+from tests.pruning.masking import prune_at_random, pruner_for
 
 BATCH = torch.randn(6, 6, dtype=torch.float64)
 IMAGES = torch.randn(4, 3, 8, 8, dtype=torch.float64)
@@ -175,15 +178,31 @@ def test_sizes_that_say_where_the_neurons_lie_may_follow_the_width(how: str) -> 
     assert_masked(found)
 
 
-def test_a_trace_of_a_cut_model_is_compared_with_its_code_as_well() -> None:
-    class Looking(Asking):
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.one(x).relu()
-            x = x * dict.fromkeys(range(1, 12), 2.0).get(x.shape[-1], 1.0)  # no width but that before the cut
-            return self.three(self.two(x).relu())
+@functools.lru_cache
+def narrow(width: Any) -> bool:
+    return type(width) is int and width < 12
 
-    graph = NeuronGraph(Looking(bool).double(), BATCH)
+
+LOOKED_UP: dict[str, Callable[[Any], Any]] = {  # a value is found where what stands for it in a trace is not, once cut
+    "in a dict": lambda x: dict.fromkeys(range(1, 12), True).get(x.shape[-1], False),
+    "in a set": lambda x: x.shape[-1] in frozenset(range(1, 12)),
+    "in a cache": lambda x: narrow(x.shape[-1]),
+}
+
+
+@pytest.mark.parametrize("how", LOOKED_UP)
+def test_a_trace_of_a_cut_model_is_compared_with_its_code_as_well(how: str) -> None:
+    graph = NeuronGraph(Asking(LOOKED_UP[how]).double(), BATCH)
     assert "what the code does around it depends on the number of neurons" in graph.frozen["one"]
+
+
+def test_what_no_trial_finds_is_found_before_a_cut() -> None:
+    model = Asking(lambda x: isinstance(x.shape[-1], int) and x.shape[-1] < 12).double()  # never a value in a trace
+    pruner = pruner_for(model, BATCH)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CutError, match="what the code does around it depends on the number of neurons"):
+        prune_at_random(pruner, model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_sum_in_place_is_a_sum() -> None:
