@@ -151,7 +151,8 @@ class NeuronPruner:
         keep_removed: bool = False,
     ) -> None:
         schedule = Schedule(start, every, events, pace)
-        self._readings = Readings(None if self._criterion.every_step else readings)
+        some = Readings(readings)
+        self._readings = Readings(None) if self._criterion.every_step else some
         self._options = Options(
             *(target, budget, neurons_per_event, min_neurons, max_share, max_step),
             *(1 if round_to is None else round_to, Ranking(ranking, normalize, per)),

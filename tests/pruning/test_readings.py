@@ -153,7 +153,8 @@ def test_the_hybrid_asks_the_pruner_that_chooses_first_to_read_every_step() -> N
     assert int(pruner._saliency.steps) == 7 + 2
 
 
+@pytest.mark.parametrize("kind", [NeuronPruner, TaylorPruner])
 @pytest.mark.parametrize("readings", [0, -1, 1.5, True, "all"])
-def test_bad_numbers_of_readings_are_refused(readings: Any) -> None:
+def test_bad_numbers_of_readings_are_refused(kind: type[NeuronPruner], readings: Any) -> None:
     with pytest.raises(ValueError, match="whole number, at least 1, or None"):
-        build(readings=readings)
+        build(kind, readings=readings)
