@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from kfac_flat.pruning.groups import NORMS
 from kfac_flat.pruning.report import Size
@@ -99,6 +99,7 @@ class Options:
     max_step: float
     round_to: int
     ranking: Ranking
+    rounding: Callable[[float], int] = math.ceil  # of the floors that nobody asked for
 
     def __post_init__(self) -> None:
         if not isinstance(self.target, (int, float)) or not 0 < self.target < 1:
@@ -151,6 +152,13 @@ class Options:
             return "finished: the target has been reached"
         return "finished: all removals have been made"
 
+    def relaxed(self) -> Iterator[Options]:
+        """Yield these, then with lower floors and with none, as far as nobody asked for them."""
+        yield self
+        if self.max_share is None:
+            yield replace(self, rounding=math.floor)
+            yield replace(self, max_share=1.0)
+
     def floors(self, widths: Mapping[str, int], original: Mapping[str, int]) -> dict[str, int]:
         """Return how many neurons each layer keeps at least in the next removal, by name."""
         return {
@@ -165,7 +173,7 @@ class Options:
     def _kept_at_least(self, width: int) -> int:
         """Return how many of a layer's original neurons stay in the whole run."""
         if self.max_share is None:
-            return math.floor(EVEN_SHARE * (1 - self.target) * width + ROUNDING)
+            return self.rounding(round(EVEN_SHARE * (1 - self.target) * width, 9))
         return math.ceil((1 - self.max_share) * width - ROUNDING)
 
     def __str__(self) -> str:

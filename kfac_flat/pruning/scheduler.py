@@ -78,8 +78,8 @@ class NeuronPruner:
             used then. Goes with budget "neurons" only.
         min_neurons: Neurons that each layer keeps at least.
         max_share: Share of its original neurons that a layer may lose at most in the whole run, in (0, 1]. By default
-            each keeps 0.7 of what it would if all lost the target's share, so that none becomes a bottleneck; unless
-            the target is then out of reach.
+            each keeps 0.7 of what it would if all lost the target's share, rounded up, so that none becomes a
+            bottleneck; rounded down, or none of it, where the target is out of reach otherwise.
         max_step: Share of its present neurons that a layer may lose at most in one event, in (0, 1]. A layer of fewer
             than ``1 / max_step`` neurons loses none, and where too little can go in the events that there are, the
             target is missed: see :attr:`PruneReport.reason`.
@@ -457,7 +457,7 @@ class NeuronPruner:
         return "fewer neurons went than were due: " + "; ".join(reasons)
 
     def _make_reachable(self) -> None:
-        """Give up the floors that nobody asked for if no cut reaches the target with them; refuse it if none does."""
+        """Lower the floors that nobody asked for until a cut reaches the target; refuse it if none does."""
         every = self._options.amount(self._left.size)
         frozen = "".join(f"\n  {name}: {reason}" for name, reason in self.frozen.items())
         if not self._left.size.neurons:
@@ -465,25 +465,25 @@ class NeuronPruner:
                 "the model has no neurons to remove: no Linear or convolution but those that form its output. "
                 f"Layers that cannot lose neurons:{frozen}"
             )
-        goal, least = every * (1 - self._options.target + ROUNDING), self._least()
-        if least > goal and self._options.max_share is None:
-            self._options = replace(self._options, max_share=1.0)
-            least = self._least()
-        if least > goal:  # rather than stop short of it after hours
-            found = (
-                f"a call takes {1e6 * every:,.3g} microseconds, and {1e6 * least:,.3g} where all goes that can"
-                if self._options.times
-                else f"{every - least:,.9g} of the model's {every:,.9g} {self._options.budget} can be removed"
-            )
-            raise ValueError(
-                f"target={self._options.target} cannot be reached: {found} with {self._options}. "
-                f"Layers that cannot lose neurons:{frozen}"
-            )
+        goal = every * (1 - self._options.target + ROUNDING)
+        for options in self._options.relaxed():
+            self._options, least = options, self._least(options)
+            if least <= goal:
+                return
+        found = (
+            f"a call takes {1e6 * every:,.3g} microseconds, and {1e6 * least:,.3g} where all goes that can"
+            if self._options.times
+            else f"{every - least:,.9g} of the model's {every:,.9g} {self._options.budget} can be removed"
+        )
+        raise ValueError(  # rather than stop short of it after hours
+            f"target={self._options.target} cannot be reached: {found} with {self._options}. "
+            f"Layers that cannot lose neurons:{frozen}"
+        )
 
-    def _least(self) -> float:
+    def _least(self, options: Options) -> float:
         """Return what is left of the budget where all goes that may."""
-        left, at_once = self._left, replace(self._options, max_step=1.0)
-        return left.amount_without(left.fewest([0.0] * len(left.groups.ids), 0.0, at_once))
+        gone = self._left.fewest([0.0] * len(self._left.groups.ids), 0.0, replace(options, max_step=1.0))
+        return self._left.amount_without(gone)
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -536,8 +536,18 @@ def test_by_default_no_layer_becomes_a_bottleneck(target: float, events: int) ->
         assert pruner.sparsity == pytest.approx(target, abs=0.02)
         widths[share] = pruner.widths
     even = (1 - target) * 40
-    assert widths[None]["0"] == math.floor(0.7 * even + 1e-9)
+    assert widths[None]["0"] == math.ceil(0.7 * even - 1e-9)
     assert widths[1.0]["0"] == max(1, 40 - round(target * 70))
+
+
+def test_floors_that_nobody_asked_for_are_rounded_down_where_the_target_asks_for_it() -> None:
+    model = mlp(4, 40, 16, 16, 16, 16, 16, 3).double()  # 0.7 of even shares: 2.8 and 1.12, and 12 neurons are to stay
+    pruner = pruner_for(model, torch.zeros(1, 4), target=0.9)
+    random_gradients(model, pruner._optimizer, seed=0)
+    pruner._saliency.total[:] = 1 + torch.rand(len(pruner._groups.ids))
+    pruner._saliency.total[torch.isin(pruner._groups.ids, pruner._channels["0"].outputs)] /= 1000
+    assert pruner.step().widths_after["0"] == 2
+    assert sum(pruner.widths.values()) == 12 + 3
 
 
 def test_floors_that_nobody_asked_for_give_way_to_the_target() -> None:
