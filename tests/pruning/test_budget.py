@@ -406,7 +406,7 @@ def test_normalised_scores_do_not_care_how_large_those_of_a_layer_are(normalize:
     theta, gone = [[0.5, 0.1, 3.0, 4.0, 2.0], [0.2, 1.0, 0.3, 2.0]], []
     for factor in (1.0, 1e4):
         model = mlp(4, 5, 4, 3).double()
-        pruner = pruner_for(model, torch.zeros(1, 4), target=0.5, normalize=normalize)
+        pruner = pruner_for(model, torch.zeros(1, 4), target=0.5, max_share=1.0, normalize=normalize)
         set_theta(pruner, model, [[factor * t for t in theta[0]], theta[1]])
         gone.append({name: t.tolist() for name, t in pruner.step().removed.items()})
     assert (gone[0] == gone[1]) == (normalize is not None)
