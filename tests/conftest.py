@@ -16,9 +16,18 @@ settings.register_profile("slow", max_examples=5000, deadline=None, derandomize=
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options of this test suite."""
-    parser.addoption("--slow", action="store_true", help="5,000 new random architectures rather than the usual 200")
+    about = "5,000 new random architectures rather than the usual 200, and tests that are marked as slow"
+    parser.addoption("--slow", action="store_true", help=about)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Choose how many examples hypothesis draws where a test does not say so itself."""
     settings.load_profile("slow" if config.getoption("--slow") else "usual")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked as slow, if it is not asked for."""
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]

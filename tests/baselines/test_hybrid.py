@@ -101,7 +101,7 @@ def test_the_two_would_choose_differently() -> None:
 @pytest.mark.parametrize("first", [OtherPruner, TaylorPruner])
 def test_it_switches_once_few_enough_neurons_are_left(first: type[NeuronPruner]) -> None:
     """Each event removes a fifth: with the threshold at .7, two are Taylor's and two HGNP's, on scores of one epoch."""
-    model, optimizer, hybrid = made(HybridPruner, taylor=first, threshold=0.7)
+    model, optimizer, hybrid = made(HybridPruner, taylor=first, threshold=0.7, max_share=1.0)
     names = []
     for epoch in range(4):
         names.append(hybrid.chooses)
@@ -110,7 +110,8 @@ def test_it_switches_once_few_enough_neurons_are_left(first: type[NeuronPruner])
         copied, stepping = copy.deepcopy((model, optimizer))
         left = round(sum(hybrid.widths[name] for name in ("0", "2")) - 4)
         share = 1 - left / sum(hybrid.widths[name] for name in ("0", "2"))
-        other = kind(copied, stepping, torch.zeros(1, 4).double(), target=share, start=1, events=1)
+        options = {"target": share, "start": 1, "events": 1, "max_share": 1.0}
+        other = kind(copied, stepping, torch.zeros(1, 4).double(), **options)
         before = hybrid.survivors
         run(hybrid, model, optimizer, range(epoch, epoch + 1))
         run(other, copied, stepping, range(epoch, epoch + 1))

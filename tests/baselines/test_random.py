@@ -12,9 +12,8 @@ from tests.baselines.nets import built
 def gone_in_turn(seed: int) -> list[tuple[str, int]]:
     """Which neuron of the ConvNet goes at each event, as the position in the original layer."""
     model, x, _ = built("ConvNet")
-    pruner = RandomPruner(
-        *(model, SGD(model.parameters(), lr=0.1), x[:1]), target=0.7, start=1, neurons_per_event=1, seed=seed
-    )
+    options = {"target": 0.7, "start": 1, "neurons_per_event": 1, "max_share": 1.0, "seed": seed}
+    pruner = RandomPruner(model, SGD(model.parameters(), lr=0.1), x[:1], **options)
     removed = []
     while not pruner.finished:
         planned, report = pruner.plan(), pruner.step()
@@ -35,7 +34,8 @@ def test_the_order_depends_on_the_seed_alone() -> None:
 def test_more_neurons_at_once_are_the_first_of_the_same_order() -> None:
     model, x, _ = built("ConvNet")
     state = torch.get_rng_state()
-    pruner = RandomPruner(model, SGD(model.parameters(), lr=0.1), x[:1], target=0.5, start=1, events=1, seed=3)
+    options = {"target": 0.5, "start": 1, "events": 1, "max_share": 1.0, "seed": 3}
+    pruner = RandomPruner(model, SGD(model.parameters(), lr=0.1), x[:1], **options)
     removed = {(name, int(i)) for name, gone in pruner.step().removed.items() for i in gone}
     assert torch.equal(torch.get_rng_state(), state)
     assert removed == set(gone_in_turn(3)[: len(removed)])

@@ -152,7 +152,7 @@ def test_a_group_is_ranked_by_its_theta_per_neuron() -> None:
 
 def test_ties_are_broken_by_index() -> None:
     model = mlp(4, 4, 4, 3).double()
-    pruner = pruner_for(model, torch.randn(2, 4), target=0.5)
+    pruner = pruner_for(model, torch.randn(2, 4), target=0.5, max_share=1.0)
     set_theta(pruner, model, [[0.0] * 4, [0.0] * 4])
     assert {name: t.tolist() for name, t in pruner.step().removed.items()} == {"0": [0, 1, 2], "2": [0]}
 

@@ -1,6 +1,7 @@
 """torchvision's classifiers: half of what can go goes, and what is left computes what the masked network does.
 
-Depth, widths and images are smaller than torchvision's own where its classes allow; the code that runs is theirs.
+Depth, widths and images are smaller than torchvision's own where its classes allow; the code that runs is theirs. With
+``--slow`` they are torchvision's own, on small images where these can be small.
 """
 
 from __future__ import annotations
@@ -101,3 +102,19 @@ def test_half_of_what_can_go_goes_exactly_and_what_is_left_is_good_for_everythin
     if share == 1.0:
         assert before > 3.5 * after  # a matrix with half of its rows and columns, but for the first, the last and norms
     assert_all_is_well(found)
+
+
+# Side of the images, and the share of the neurons that can go, where they are not 64 and all.
+OWN_SIZE = {"inception_v3": 75, "vit_b_16": 224, "maxvit_t": 224}
+OWN_SHARE = {
+    "shufflenet_v2_x1_0": 0.79, "convnext_tiny": 0.64, "vit_b_16": 0.77, "swin_t": 0.43, "maxvit_t": 0.64
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_networks_of_torchvisions_own_size_are_cut_exactly(name: str) -> None:
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, OWN_SIZE.get(name, 64), OWN_SIZE.get(name, 64), dtype=torch.float64)
+    assert_all_is_well(pruned(lambda: getattr(models, name)(**options), x, x[:1], OWN_SHARE.get(name, 1.0)))
