@@ -437,7 +437,8 @@ class _Tracer(fx.Tracer):
     def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
         """Trace, and forget the parts that nothing reads."""
         self._parts: list[fx.Node] = []
-        self._tensor_names = {id(t): name for name, t in (*root.named_buffers(), *root.named_parameters())}
+        held = (*root.named_buffers(), *root.named_parameters())  # alive all the while: none gets another's identity
+        self._tensor_names = {id(t): name for name, t in held}
         graph = super().trace(root, *args, **kwargs)
         for part in self._parts:
             if not part.users:
