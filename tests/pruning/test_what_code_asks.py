@@ -332,3 +332,44 @@ def test_a_scripted_module_does_not_keep_code_from_being_compared() -> None:
         model.held = torch.jit.script(nn.Softmax(-1))
     with pytest.raises(ValueError, match=r"does something else when it is traced.*two"):
         pruner_for(model, BATCH)
+
+
+def test_code_that_cuts_a_buffer_to_a_size_is_asked_what_it_does_for_two_as_well() -> None:
+    class Masked(Asking):
+        def __init__(self, question: Callable[[Any], Any]) -> None:
+            super().__init__(question)
+            self.register_buffer("mask", torch.ones(9, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * self.mask[: x.shape[0]])
+
+    with pytest.raises(ValueError, match="something else for a single example than for two"):
+        pruner_for(Masked(lambda x: x.shape[0] > 1).double(), BATCH[:1])
+    assert "one" not in pruner_for(Masked(lambda x: False).double(), BATCH[:1], target=0.1).frozen
+
+
+class OnData(nn.Module):
+    """Cannot be traced, nor run without data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum().item() > 0 else x
+
+
+class Behind(nn.Module):
+    """Puts modules before one that asks whether a value is a tensor."""
+
+    def __init__(self, *before: nn.Module) -> None:
+        super().__init__()
+        self.before, self.asking = nn.Sequential(*before), Asking(lambda x: isinstance(x, Tensor))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.asking(self.before(x))
+
+
+@pytest.mark.filterwarnings("ignore:these submodules cannot be traced")
+@pytest.mark.parametrize("before", [OnData(), nn.BatchNorm1d(6)])
+def test_what_cannot_run_without_data_or_on_one_example_does_not_keep_code_from_being_compared(
+    before: nn.Module,
+) -> None:
+    with pytest.raises(ValueError, match=r"does something else when it is traced.*two"):
+        pruner_for(Behind(before).double(), BATCH[:1])
