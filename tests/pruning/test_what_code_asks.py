@@ -366,10 +366,16 @@ class Behind(nn.Module):
         return self.asking(self.before(x))
 
 
-@pytest.mark.filterwarnings("ignore:these submodules cannot be traced")
-@pytest.mark.parametrize("before", [OnData(), nn.BatchNorm1d(6)])
-def test_what_cannot_run_without_data_or_on_one_example_does_not_keep_code_from_being_compared(
-    before: nn.Module,
-) -> None:
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("before", [(), (nn.BatchNorm1d(6),)])
+def test_code_is_compared_in_both_modes_where_the_traces_are_alike(training: bool, before: tuple[nn.Module]) -> None:
+    model = Behind(*before).double()
+    model.asking.question = lambda x: torch.is_grad_enabled() is training and isinstance(x, Tensor)
     with pytest.raises(ValueError, match=r"does something else when it is traced.*two"):
-        pruner_for(Behind(before).double(), BATCH[:1])
+        pruner_for(model, BATCH[:1])
+
+
+@pytest.mark.filterwarnings("ignore:these submodules cannot be traced")
+def test_what_cannot_run_without_data_does_not_keep_code_from_being_compared() -> None:
+    with pytest.raises(ValueError, match=r"does something else when it is traced.*two"):
+        pruner_for(Behind(OnData()).double(), BATCH)
