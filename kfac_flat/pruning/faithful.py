@@ -7,6 +7,7 @@ another: ``isinstance(x, Tensor)``, ``hasattr(x, "sizes")``, ``x.grad_fn is None
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -38,11 +39,11 @@ def first_difference(bare: nn.Module, program: Program, inputs: ExampleInputs, r
         results: What torch's operations are known to return, to which more is added.
     """
     by_code, by_trace = _Calls(bare, inputs, results), _Calls(bare, inputs, results)
-    with torch.device("meta"), torch.set_grad_enabled(program.training):
+    with torch.device("meta"), torch.set_grad_enabled(program.training), _doing_less(bare, program):
         try:
-            with _doing_less(bare, program), by_code:
+            with by_code:
                 bare(*inputs.args, **inputs.kwargs)
-            with _doing_less(bare, program), by_trace:
+            with by_trace:
                 _Steps(bare, program, by_trace).run(*inputs.arguments(bare.forward).values())
         except _NOT_WITHOUT_DATA:  # what goes wrong in the trace is said where the neurons are followed
             return None
@@ -191,27 +192,40 @@ class _Steps(Run):
 
 @contextlib.contextmanager
 def _doing_less(bare: nn.Module, program: Program) -> Iterator[None]:
-    """Let norms, which would refuse a single example, and what is not looked into do less.
+    """Let norms, which would refuse a single example, and what is not looked into do less."""
+    with _taken_back(bare):
+        bare.train(program.training)
+        for name, module in bare.named_modules():
+            own_code = not rules.is_leaf(module) and not type(module).__module__.startswith("torch.")
+            if name in program.opaque:
+                module.forward = functools.partial(_opaque, program.opaque[name])
+            elif isinstance(module, _NormBase) and not own_code:
+                module.forward = _normed
+        yield
 
-    Whatever the model's code puts into its modules meanwhile is taken out again.
+
+# What every module holds; of that, code changes parameters, buffers and modules.
+_OF_TORCH = frozenset(vars(nn.Module()))
+
+
+@contextlib.contextmanager
+def _taken_back(bare: nn.Module) -> Iterator[None]:
+    """Take out again what the model's code puts into its modules meanwhile, or into lists, dicts and others they hold.
+
+    Those are copies meanwhile; modules and tensors stay the same objects.
     """
-    before = [(held, dict(held)) for module in bare.modules() for held in _held(module)]
-    bare.train(program.training)
-    for name, module in bare.named_modules():
-        if name in program.opaque:
-            module.forward = functools.partial(_opaque, program.opaque[name])
-        elif isinstance(module, _NormBase) and (rules.is_leaf(module) or type(module).__module__.startswith("torch.")):
-            module.forward = _normed
+    modules = [m for m in bare.modules() if not isinstance(m, torch.jit.ScriptModule)]  # whose code is not Python
+    before = [(held, dict(held)) for m in modules for held in (vars(m), m._parameters, m._buffers, m._modules)]
+    memo: dict[int, Any] = {id(m): m for m in bare.modules()}
+    memo |= {id(o): o for _, own in before for o in own.values() if isinstance(o, (Tensor, fx.Graph))}
     try:
+        for m in modules:
+            vars(m).update({k: copy.deepcopy(held, memo) for k, held in vars(m).items() if k not in _OF_TORCH})
         yield
     finally:
         for held, own in before:
             held.clear()
             held.update(own)
-
-
-def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    return vars(module), module._parameters, module._buffers, module._modules
 
 
 def _opaque(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

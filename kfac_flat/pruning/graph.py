@@ -113,9 +113,11 @@ class NeuronGraph:
     ) -> None:
         self.inputs = ExampleInputs.of(example_inputs)
         self._bare = skeleton(model)
-        self._programs = trace(model, self._bare, self.inputs, rules.is_leaf, rules.keeps_shape)
+        programs = trace(model, self._bare, self.inputs, rules.is_leaf)
         self._results = Results()
-        self._check_traces(model)
+        self._check_traces(model, programs)
+        alike = programs[True].same_as(programs[False], rules.keeps_shape)
+        self._programs = {False: programs[False]} if alike else programs
         self._ignore, self._whole = dict(ignore or {}), dict(whole or {})
         self._stuck: dict[Place, str] = {}  # operations that no rule gets right, found by trial
         # Where neurons are dealt out to rows that go whole: attention heads, as far as can be foreseen.
@@ -140,9 +142,9 @@ class NeuronGraph:
         self._name_what_is_never_cut(model)
         self.consumers = [name for name in self.producers if not layers.is_depthwise(modules[name])]
 
-    def _check_traces(self, model: nn.Module) -> None:
-        """Refuse a model whose code has not been followed as it runs."""
-        for program in self._programs.values():
+    def _check_traces(self, model: nn.Module, programs: Mapping[bool, Program]) -> None:
+        """Refuse a model whose code has not been followed as it runs, in either mode."""
+        for program in programs.values():
             differs = first_difference(self._bare, program, self.inputs, self._results)
             if differs is not None:
                 node = list(program.graph.nodes)[differs]

@@ -174,9 +174,8 @@ def trace(
     bare: nn.Module,
     inputs: ExampleInputs,
     is_known: Callable[[nn.Module], bool],
-    keeps_shape: Callable[[Any], bool],
 ) -> dict[bool, Program]:
-    """Trace a model in train and in eval mode, or in eval mode alone where both are the same.
+    """Trace a model in train and in eval mode.
 
     A submodule that cannot be traced becomes one opaque operation, with a warning.
 
@@ -185,7 +184,6 @@ def trace(
         bare: Its skeleton.
         inputs: What it is called with.
         is_known: Tells modules that have a rule of their own and are not looked into.
-        keeps_shape: Tells calls that return their first argument changed in nothing but its numbers.
 
     Raises:
         ValueError: if the model does not take these inputs, or its own forward cannot be traced, saying what to do
@@ -216,7 +214,7 @@ def trace(
             program.opaque = copies
     if inputs.batch_size == 1:
         _check_larger_batches(model, bare, inputs, is_known, programs)
-    return {False: programs[False]} if programs[True].same_as(programs[False], keeps_shape) else programs
+    return programs
 
 
 def _check_larger_batches(
@@ -437,7 +435,8 @@ class _Tracer(fx.Tracer):
     def trace(self, root: Any, *args: Any, **kwargs: Any) -> fx.Graph:
         """Trace, and forget the parts that nothing reads."""
         self._parts: list[fx.Node] = []
-        self._tensor_names = {id(t): name for name, t in (*root.named_buffers(), *root.named_parameters())}
+        held = (*root.named_buffers(), *root.named_parameters())  # alive all the while: none gets another's identity
+        self._tensor_names = {id(t): name for name, t in held}
         graph = super().trace(root, *args, **kwargs)
         for part in self._parts:
             if not part.users:

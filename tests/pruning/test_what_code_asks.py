@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from kfac_flat.pruning.errors import CutError
+from kfac_flat.pruning.faithful import Results, first_difference
 from kfac_flat.pruning.graph import NeuronGraph
+from kfac_flat.pruning.rules import is_leaf
+from kfac_flat.pruning.tracing import ExampleInputs, Program, skeleton
 from tests.pruning.lifecycle import assert_masked, assert_reloads, pruned
 from tests.pruning.masking import prune_at_random, pruner_for
 
@@ -234,3 +239,143 @@ def test_what_was_changed_in_place_may_be_called_by_its_old_name() -> None:
     found = pruned(InPlace, BATCH, BATCH)
     assert found.pruner.widths == {"one": 6, "side": 6, "two": 3}
     assert_masked(found)
+
+
+class Remembering(nn.Module):
+    """Changes on the way what it holds."""
+
+    def __init__(self, remember: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.remember = remember
+        self.one, self.two, self.three = nn.Linear(6, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+        self.by_size: dict[Any, Any] = {}
+        self.calls: list[int] = []
+        self.notes = SimpleNamespace(calls=0)
+        self.count = 0
+        self.register_buffer("mean", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.remember(self, self.one(x).relu())
+        return self.three(self.two(x).relu())
+
+
+def kept_by_size(model: Any, x: Any) -> Any:
+    size = x.shape[0]
+    if size not in model.by_size:
+        model.by_size[size] = x.new_ones(1) * 2
+    return x * model.by_size[size]
+
+
+def moving_mean(model: Any, x: Any) -> Any:
+    model.mean = model.mean * 0.9
+    return x * model.mean.sum()  # new tensors, where one has just gone
+
+
+@pytest.mark.parametrize("remember", [kept_by_size, moving_mean])
+@pytest.mark.parametrize("examples", [1, 6])
+def test_what_a_model_keeps_from_call_to_call_does_not_pass_from_one_comparison_to_the_next(
+    remember: Callable[[Any, Any], Any], examples: int
+) -> None:
+    found = pruned(lambda: Remembering(remember), BATCH, BATCH[:examples])
+    assert found.pruner.widths == {"one": 6, "two": 4, "three": 3}
+    assert found.pruner.frozen.keys() == {"three"}
+
+
+def alternately(calls: int, x: Any) -> Any:
+    return x * 2 if calls % 2 else x - x.mean(-1, keepdim=True)
+
+
+def counted_in_a_list(model: Any, x: Any) -> Any:
+    model.calls.append(1)
+    return alternately(len(model.calls), x)
+
+
+def counted_in_an_object(model: Any, x: Any) -> Any:
+    model.notes.calls += 1
+    return alternately(model.notes.calls, x)
+
+
+def counted(model: Any, x: Any) -> Any:
+    model.count += 1
+    return alternately(model.count, x)
+
+
+@pytest.mark.parametrize("remember", [counted, counted_in_a_list, counted_in_an_object])
+def test_a_model_that_does_something_else_every_other_time_is_refused(remember: Callable[[Any, Any], Any]) -> None:
+    with pytest.raises(ValueError, match="does something else when it is traced"):
+        pruner_for(Remembering(remember).double(), BATCH)
+
+
+def in_another_mode(model: Any, x: Any) -> Any:
+    return x * model.two.eval().in_features
+
+
+@pytest.mark.parametrize("remember", [kept_by_size, moving_mean, in_another_mode])
+def test_a_comparison_leaves_the_skeleton_as_it_was(remember: Callable[[Any, Any], Any]) -> None:
+    inputs = ExampleInputs.of(BATCH)
+    bare = skeleton(nn.Sequential(Remembering(remember), nn.BatchNorm1d(3)).double())
+    program = Program.of(bare, inputs, False, is_leaf, ())
+    bare.train()
+    before = [(held, dict(held)) for m in bare.modules() for held in (vars(m), m._parameters, m._buffers, m._modules)]
+    within = dict(bare[0].by_size)
+    assert first_difference(bare, program, inputs, Results()) is None
+    for held, own in before:
+        assert held.keys() == own.keys()
+        assert all(held[name] is own[name] for name in own)
+    assert bare[0].by_size == within
+
+
+def test_a_scripted_module_does_not_keep_code_from_being_compared() -> None:
+    model = Asking(lambda x: isinstance(x, Tensor)).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model.held = torch.jit.script(nn.Softmax(-1))
+    with pytest.raises(ValueError, match=r"does something else when it is traced.*two"):
+        pruner_for(model, BATCH)
+
+
+def test_code_that_cuts_a_buffer_to_a_size_is_asked_what_it_does_for_two_as_well() -> None:
+    class Masked(Asking):
+        def __init__(self, question: Callable[[Any], Any]) -> None:
+            super().__init__(question)
+            self.register_buffer("mask", torch.ones(9, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x * self.mask[: x.shape[0]])
+
+    with pytest.raises(ValueError, match="something else for a single example than for two"):
+        pruner_for(Masked(lambda x: x.shape[0] > 1).double(), BATCH[:1])
+    assert "one" not in pruner_for(Masked(lambda x: False).double(), BATCH[:1], target=0.1).frozen
+
+
+class OnData(nn.Module):
+    """Cannot be traced, nor run without data."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum().item() > 0 else x
+
+
+class Behind(nn.Module):
+    """Puts modules before one that asks whether a value is a tensor."""
+
+    def __init__(self, *before: nn.Module) -> None:
+        super().__init__()
+        self.before, self.asking = nn.Sequential(*before), Asking(lambda x: isinstance(x, Tensor))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.asking(self.before(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("before", [(), (nn.BatchNorm1d(6),)])
+def test_code_is_compared_in_both_modes_where_the_traces_are_alike(training: bool, before: tuple[nn.Module]) -> None:
+    model = Behind(*before).double()
+    model.asking.question = lambda x: torch.is_grad_enabled() is training and isinstance(x, Tensor)
+    with pytest.raises(ValueError, match=r"does something else when it is traced.*two"):
+        pruner_for(model, BATCH[:1])
+
+
+@pytest.mark.filterwarnings("ignore:these submodules cannot be traced")
+def test_what_cannot_run_without_data_does_not_keep_code_from_being_compared() -> None:
+    with pytest.raises(ValueError, match=r"does something else when it is traced.*two"):
+        pruner_for(Behind(OnData()).double(), BATCH)
