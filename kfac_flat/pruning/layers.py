@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -30,10 +29,11 @@ _LIKE_TORCHS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _is(module: nn.Module, kinds: Iterable[type[nn.Module]]) -> bool:
+def _is(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
     """Tell whether the module is one of ``kinds``, or a subclass that computes the same, from plain parameters."""
-    same = any(isinstance(module, kind) and _runs_as(module, kind) for kind in kinds)
-    return same and "weight" in module._parameters
+    if not isinstance(module, kinds) or "weight" not in module._parameters:
+        return False
+    return any(isinstance(module, kind) and _runs_as(module, kind) for kind in kinds)
 
 
 def _runs_as(module: nn.Module, kind: type[nn.Module]) -> bool:

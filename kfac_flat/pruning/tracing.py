@@ -414,6 +414,10 @@ class _Tracer(fx.Tracer):
             return a.node
         if type(a) in _PLAIN:
             return a
+        if type(a) is tuple:
+            return tuple(map(self.create_arg, a))
+        if type(a) is dict and not a:
+            return {}
         if not isinstance(a, Tensor):
             return super().create_arg(a)
         name = self._tensor_names.get(id(a)) or self.tensor_attrs.get(a)
