@@ -5,8 +5,8 @@ the clock are in the JSON file), and what is left. Half of the neurons that can 
 layer; torch-pruning, measured beside it, is asked for half of each layer but the classifier. What exactly half of each
 layer would leave of the parameters, whoever prunes, stands beside what there really is, and so does what the half with
 the most parameters would leave, which is where ``NeuronPruner(per="parameter")`` leads. Each model and each library has
-a process and a time limit of its own. After the cut, the model runs in eval mode, where MACs are counted, and then
-forward and backward in train mode; an error stands in the column that could not be filled.
+processes and a time limit of its own; the fastest of three tells. After the cut, the model runs in eval mode, where
+MACs are counted, and then forward and backward in train mode; an error stands in the column that could not be filled.
 
 ``--saliency`` measures instead what it costs to read Theta in training.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -63,6 +64,17 @@ Result = dict[str, Any]
 
 
 # ---------------------------------------------------------------- cuts
+
+
+def fastest_cut(library: str, model: str, options: argparse.Namespace) -> Result:
+    """Measure a cut several times and return the fastest: what takes longer is the machine's doing.
+
+    That is mostly what the system takes to hand out fresh memory. What fails is not tried again.
+    """
+    results = [measure_cut(library, model, options)]
+    while "error" not in results[-1] and len(results) < options.tries:
+        results.append(measure_cut(library, model, options))
+    return min(results, key=lambda result: sum(result.get(what, math.inf) for what in ("build_cpu", "cut_cpu")))
 
 
 def measure_cut(library: str, model: str, options: argparse.Namespace) -> Result:
@@ -135,7 +147,7 @@ def measure_cuts(options: argparse.Namespace, console: Console) -> None:
         for model, by_library in results.items():
             for library in libraries:
                 progress.update(task, description=f"{model}, {library}")
-                by_library[library] = measure_cut(library, model, options)
+                by_library[library] = fastest_cut(library, model, options)
                 progress.advance(task)
                 found = {"timeout_s": options.timeout, "models": results}
                 write(options, "cuts", found, cut_table(results, libraries), failures(results))
@@ -215,6 +227,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("pruner_speed", "Time NeuronPruner on torchvision's classifiers, beside torch-pruning.")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME", help="classifiers of torchvision")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True, help="measure torch-pruning too")
+    parser.add_argument("--tries", type=whole(1), default=3, help="cuts of each, of which the fastest tells")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one model and one library, all in")
     parser.add_argument("--image-size", type=whole(1), help="pixels; 224 and, for inception_v3, 299 unless given")
     parser.add_argument("--saliency", action="store_true", help="measure the recording of Theta instead")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ MODEL = "squeezenet1_1"
 
 
 def command(folder: Path, *arguments: Any) -> dict[str, Any]:
-    """Run it without torch-pruning on one small model; returns what it wrote."""
-    pruner_speed.main(["--models", MODEL, "--no-peer", "--image-size", "64", "--out", str(folder), *arguments])
+    """Run it once without torch-pruning on one small model; returns what it wrote."""
+    once = ["--models", MODEL, "--no-peer", "--tries", "1", "--image-size", "64", "--out", str(folder)]
+    pruner_speed.main([*once, *arguments])
     (written,) = folder.glob("*.json")
     return json.loads(written.read_text())
 
@@ -47,6 +49,14 @@ def test_a_cut_is_measured_and_written_down_with_its_circumstances(tmp_path: Pat
         assert part in printed
         assert part in text
     assert f"torch {torch.__version__}" in text
+
+
+def test_the_fastest_cut_tells_and_what_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, fast, failed = {"build_cpu": 2.0, "cut_cpu": 1.0}, {"build_cpu": 1.0, "cut_cpu": 1.5}, {"error": "TypeError"}
+    for made, tries, told in [([slow, fast, slow], 3, fast), ([slow, fast], 1, slow), ([failed, fast], 3, failed)]:
+        left = iter(made)
+        monkeypatch.setattr(pruner_speed, "measure_cut", lambda *_, left=left: next(left))
+        assert pruner_speed.fastest_cut("ours", MODEL, Namespace(tries=tries)) == told
 
 
 def test_what_takes_too_long_is_given_up_and_reported(tmp_path: Path) -> None:
