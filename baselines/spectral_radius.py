@@ -155,12 +155,13 @@ class HessianTracker:
         mean = total / batch_size((args, kwargs))
         v, product = self._power_iteration(mean, parameters)
         quotient = torch.stack([(x * y).sum() for x, y in zip(v, product, strict=True)]).sum()
-        found: list[Tensor | None] = [None] * len(parameters)
+        found: tuple[Tensor | None, ...] = ()
         if quotient.requires_grad:
-            found = list(torch.autograd.grad(quotient, parameters, allow_unused=True))
+            found = torch.autograd.grad(quotient, parameters, allow_unused=True)
         sign, rho = quotient.detach().sign(), quotient.detach().abs()
         self.eigenvectors, self.radii = dict(zip(parameters, v, strict=True)), {"": rho}
-        return RadiusGradient(rho, [None if g is None else sign * g for g in found], self._input_masks(rho))
+        gradients = {p: sign * g for p, g in zip(parameters, found, strict=False) if g is not None}
+        return RadiusGradient(rho, gradients, self._input_masks(rho))
 
     def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:
         """Return what the copy of the model that is differentiated gives."""

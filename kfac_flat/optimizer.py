@@ -297,7 +297,7 @@ class FlatKFAC(OptimizerWrapper):
     def _set_factor(self, parameters: list[nn.Parameter]) -> Tensor:
         """Bound the penalty by the loss's gradient at this step, on the device; returns whether all is finite."""
         loss_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        finite = loss_norm.isfinite() & self._penalty_norm.isfinite()
+        finite = loss_norm + self._penalty_norm < math.inf
         factor = torch.ones_like(loss_norm)
         if self._options.clip is not None:
             tiny = torch.finfo(loss_norm.dtype).tiny
@@ -331,12 +331,13 @@ class FlatKFAC(OptimizerWrapper):
             _warn_of_memory(error, call.batch_size, self._options.batch_fraction)
             return
         self._forget_calls()
-        self._take_over(parameters, gradient)
+        self._take_over(gradient)
 
-    def _take_over(self, parameters: list[nn.Parameter], gradient: RadiusGradient) -> None:
+    def _take_over(self, gradient: RadiusGradient) -> None:
         """Make the penalty's gradient from that of rho; all of it is zero where any of it is not finite."""
         weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
-        found = {p: weights[p] * g for p, g in zip(parameters, gradient.parameters, strict=True) if g is not None}
+        # Taken out one by one: there are never two copies of all.
+        found = {p: weights[p] * gradient.parameters.pop(p) for p in list(gradient.parameters)}
         self._penalty_norm = get_total_norm(list(found.values())).to(gradient.rho.device)
         finite = self._penalty_norm.isfinite()
         self._penalty = {p: g.masked_fill_(~finite, 0.0).to(p.dtype) for p, g in found.items()}

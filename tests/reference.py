@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -135,6 +135,11 @@ def rho_and_gradient(
     rho = values.max() if reduction == "max" else values.sum()
     gradient = torch.autograd.grad(rho, list(twin.parameters()), allow_unused=True, materialize_grads=True)
     return rho.detach(), list(gradient)
+
+
+def in_order(gradients: Mapping[nn.Parameter, Tensor], parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:
+    """Gradients of some parameters as a list over all of them."""
+    return [gradients.get(p) for p in parameters]
 
 
 def assert_gradients_close(seen: list[Tensor | None], expected: list[Tensor], tolerance: float = 1e-9) -> None:

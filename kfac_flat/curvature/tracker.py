@@ -56,12 +56,12 @@ class RadiusGradient:
 
     Attributes:
         rho: A scalar without a graph.
-        parameters: d rho / d p for each parameter asked for; None where rho does not depend on it.
+        parameters: d rho / d p by parameter, for those asked for that rho depends on.
         input_masks: For each layer that rho depends on, by name, d rho / d m through its A, ``[C_in]``.
     """
 
     rho: Tensor
-    parameters: list[Tensor | None]
+    parameters: dict[nn.Parameter, Tensor]
     input_masks: dict[str, Tensor]
 
 
@@ -258,9 +258,9 @@ class RadiusTracker:
         radii = {name: of_A * of_G for name, (of_A, of_G) in at.items()}
         self._publish(vectors, {name: of_groups.max() for name, of_groups in radii.items()}, all_layers=survey)
         masks = {name: input_mask_gradient(seen[name].layer, radii[name], vectors[name]) for name in active}
-        averaged = iter(self._average([g for g in gradients if g is not None], _examples(seen)))
+        averaged = self._average(list(gradients.values()), _examples(seen))
         total = torch.stack([radii[name].max() for name in active]).sum()
-        return RadiusGradient(total, [None if g is None else next(averaged) for g in gradients], masks)
+        return RadiusGradient(total, dict(zip(gradients, averaged, strict=True)), masks)
 
     def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:
         """Return what the copy of the model that is read gives, to be compared with what the model gave."""
@@ -453,12 +453,15 @@ def _examples(seen: Mapping[str, LayerData]) -> int:
     return next(iter(seen.values())).batch_size
 
 
-def _differentiate(rho: Tensor, parameters: Sequence[nn.Parameter], again: bool = False) -> list[Tensor | None]:
-    """Return d rho / d p for each parameter, None where rho does not depend on it; ``again`` keeps the graph."""
+def _differentiate(
+    rho: Tensor, parameters: Sequence[nn.Parameter], again: bool = False
+) -> dict[nn.Parameter, Tensor]:
+    """Return d rho / d p by parameter, for those that rho depends on; ``again`` keeps the graph."""
     if not rho.requires_grad:
-        return [None] * len(parameters)
+        return {}
     with BACKPACK, quiet_hooks():
-        return list(torch.autograd.grad(rho, parameters, allow_unused=True, retain_graph=again))
+        gradients = torch.autograd.grad(rho, parameters, allow_unused=True, retain_graph=again)
+    return {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
 def _has_derivative(rho: Tensor, parameters: Sequence[nn.Parameter]) -> bool:

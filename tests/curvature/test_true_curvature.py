@@ -333,7 +333,7 @@ def test_descending_rho_lengthens_a_weight_in_front_of_batchnorm() -> None:
     tracker = RadiusTracker(model, ["0"], reduction="max", exact=True, seed=0)
     layer = [model[0].weight, model[0].bias]
     seen = tracker.gradient((x,), {}, cross_entropy_sum(y), layer)
-    along = sum(float((g * p).detach().sum()) for g, p in zip(seen.parameters, layer, strict=True) if g is not None)
+    along = sum(float((g * p).detach().sum()) for p, g in seen.parameters.items())
     assert along == pytest.approx(-2 * float(seen.rho), rel=1e-9)
     of_loss = torch.autograd.grad(cross_entropy_sum(y)(model(x)), layer)
     assert sum(float((g * p).detach().sum()) for g, p in zip(of_loss, layer, strict=True)) == pytest.approx(0, abs=1e-9)
