@@ -16,7 +16,7 @@ from kfac_flat import FlatKFAC
 from kfac_flat.changes import Change, setting
 from kfac_flat.curvature.tracker import Join, RadiusGradient, Select, Tracker
 from kfac_flat.curvature.twin import Conditions, Twin
-from kfac_flat.nested import batch_size, map_tensors
+from kfac_flat.nested import batch_size
 from kfac_flat.optimizer import Schedule
 from kfac_flat.pruning import layers
 from kfac_flat.pruning.saliency import mask_gradient
@@ -166,8 +166,7 @@ class HessianTracker:
     def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:
         """Return what the copy of the model that is differentiated gives."""
         self._twin = Twin.current(self._twin, self._model, [])
-        output, _ = self._twin.run(args, kwargs, lambda _: torch.zeros(()), conditions)
-        return map_tensors(Tensor.detach, output)
+        return self._twin.output(args, kwargs, conditions)
 
     def _power_iteration(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
         """Return a unit vector close to the eigenvector, and the Hessian times it, which has a graph."""

@@ -28,7 +28,6 @@ from kfac_flat.curvature.radius import (
     top_eigenvectors,
 )
 from kfac_flat.curvature.twin import BACKPACK, CalledTwiceError, Conditions, Twin, layer_shape, quiet_hooks
-from kfac_flat.nested import map_tensors
 from kfac_flat.structure import Kept
 
 # Power steps on the very first batch, from random vectors; afterwards one per batch tracks the moving eigenvectors.
@@ -264,14 +263,7 @@ class RadiusTracker:
 
     def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:
         """Return what the copy of the model that is read gives, to be compared with what the model gave."""
-        seen: list[Any] = []
-
-        def note(output: Any) -> Tensor:
-            seen.append(map_tensors(Tensor.detach, output))
-            return torch.zeros(())  # nothing to be read
-
-        self._current_twin().read(args, kwargs, note, create_graph=False, conditions=conditions)
-        return seen[0]
+        return self._current_twin().output(args, kwargs, conditions)
 
     def prepare_cut(self, kept: Mapping[str, Kept], select: Select) -> list[Change]:
         """Work out what a cut that is still to come leaves of the eigenvectors; all radii will have to be seen anew."""
@@ -453,9 +445,7 @@ def _examples(seen: Mapping[str, LayerData]) -> int:
     return next(iter(seen.values())).batch_size
 
 
-def _differentiate(
-    rho: Tensor, parameters: Sequence[nn.Parameter], again: bool = False
-) -> dict[nn.Parameter, Tensor]:
+def _differentiate(rho: Tensor, parameters: Sequence[nn.Parameter], again: bool = False) -> dict[nn.Parameter, Tensor]:
     """Return d rho / d p by parameter, for those that rho depends on; ``again`` keeps the graph."""
     if not rho.requires_grad:
         return {}

@@ -107,14 +107,46 @@ class Twin:
         Raises:
             CalledTwiceError: if a layer is used more than once.
         """
-        try:
-            # Fused attention has no second derivative, the plain one does.
-            with BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                output, losses = self.run(args, kwargs, loss, conditions)
-                wanted = {name: layer for name, layer in self.layers.items() if only is None or name in only}
-                targets = [probe for layer in wanted.values() for probe in vars(layer).get("_probes", ())]
-                self._backward(losses.sum(), targets, create_graph)
+        # Fused attention has no second derivative, the plain one does.
+        with self._left_clean(), BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            output, losses = self.run(args, kwargs, loss, conditions)
+            wanted = {name: layer for name, layer in self.layers.items() if only is None or name in only}
+            targets = [probe for layer in wanted.values() for probe in vars(layer).get("_probes", ())]
+            self._backward(losses.sum(), targets, create_graph)
             found = {name: self._extension.collect(layer) for name, layer in wanted.items()}
+        examples = len(losses) if losses.dim() else batch_size(output) or None
+        return {name: replace(data, examples=examples) for name, data in found.items() if data is not None}
+
+    def output(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions = contextlib.nullcontext
+    ) -> Any:
+        """Run the twin on a batch, all arguments as for :meth:`read`, and return its output, without a graph."""
+        with self._left_clean(), BACKPACK:
+            output, _ = self.run(args, kwargs, lambda _: torch.zeros(()), conditions, graph=False)
+        return output
+
+    def run(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        loss: Callable[[Any], Tensor],
+        conditions: Conditions = contextlib.nullcontext,
+        *,
+        graph: bool = True,
+    ) -> tuple[Any, Tensor]:
+        """Run the twin on a batch, all arguments as for :meth:`read`; returns output and loss, with graphs or not."""
+        args, kwargs = map_tensors(torch.clone, (args, dict(kwargs)))  # the model may work in place
+        with torch.set_grad_enabled(graph), _uncompiled(), _without_checkpoints():
+            self._follow()
+            with conditions():
+                output = self.model(*args, **kwargs)
+                return output, loss(output)
+
+    @contextlib.contextmanager
+    def _left_clean(self) -> Iterator[None]:
+        """Let go of what a pass leaves on the twin, so that no graph outlives it."""
+        try:
+            yield
         finally:
             for layer in self.layers.values():
                 self._extension.collect(layer)
@@ -125,23 +157,6 @@ class Twin:
             for _, twin in self._pairs:  # what the model has kept to itself would keep the graph
                 own = vars(twin)
                 own.update((k, map_tensors(Tensor.detach, value)) for k, value in own.items() if _holds_data(k, value))
-        examples = len(losses) if losses.dim() else batch_size(output) or None
-        return {name: replace(data, examples=examples) for name, data in found.items() if data is not None}
-
-    def run(
-        self,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        loss: Callable[[Any], Tensor],
-        conditions: Conditions = contextlib.nullcontext,
-    ) -> tuple[Any, Tensor]:
-        """Run the twin on a batch, all arguments as for :meth:`read`; returns output and loss, with graphs."""
-        args, kwargs = map_tensors(torch.clone, (args, dict(kwargs)))  # the model may work in place
-        with torch.enable_grad(), _uncompiled(), _without_checkpoints():
-            self._follow()
-            with conditions():
-                output = self.model(*args, **kwargs)
-                return output, loss(output)
 
     def _backward(self, total: Tensor, targets: list[Tensor], create_graph: bool) -> None:
         """Let the gradient flow past every layer, computing no weight gradient but where nothing else leads there."""
