@@ -135,11 +135,11 @@ def with_factors(model: nn.Module) -> Optimizer:
 ROWS: dict[str, Make] = {
     BARE: sgd,
     BETWEEN: flat(every=NEVER),
-    "refresh, half batch": flat(every=1, survey_every=NEVER, batch_fraction=0.5),
-    "survey, half batch": flat(every=1, survey_every=1, batch_fraction=0.5),
+    "refresh, quarter batch": flat(every=1, survey_every=NEVER, batch_fraction=0.25),
+    "survey, quarter batch": flat(every=1, survey_every=1, batch_fraction=0.25),
     "refresh, full batch": flat(every=1, survey_every=NEVER, batch_fraction=1.0),
     "survey, full batch": flat(every=1, survey_every=1, batch_fraction=1.0),
-    "sum over layers, half batch": flat(every=1, reduction="sum", batch_fraction=0.5),
+    "sum over layers, quarter batch": flat(every=1, reduction="sum", batch_fraction=0.25),
     EXACT: flat(every=1, survey_every=1, batch_fraction=1.0, eigenpairs="exact"),
     "SAM": with_sam,
     "Hessian, 10 products": with_hessian,
@@ -149,7 +149,7 @@ ROWS: dict[str, Make] = {
 SCHEDULES = {
     "default": None,
     "every=1, full batch": (1, 4, "full"),
-    **{f"every={every}": (every, 4, "half") for every in (4, 8, 16)},
+    **{f"every={every}": (every, 4, "quarter") for every in (4, 8, 16)},
 }
 
 
@@ -163,7 +163,7 @@ def per_step(ratios: Ratios, every: int, survey_every: int, part: str) -> float:
 def default_schedule() -> tuple[int, int, str]:
     """Read FlatKFAC's own defaults."""
     defaults = FlatKFAC.__init__.__kwdefaults__
-    part = {0.5: "half", 1.0: "full"}[defaults["batch_fraction"]]
+    part = {0.25: "quarter", 1.0: "full"}[defaults["batch_fraction"]]
     return defaults["every"], defaults["survey_every"], part
 
 

@@ -170,7 +170,7 @@ class FlatKFAC(OptimizerWrapper):
         penalty: str = "log",
         every: int = 8,
         survey_every: int = 4,
-        batch_fraction: float = 0.5,
+        batch_fraction: float = 0.25,
         fisher: str = "sampled",
         criterion: nn.Module | None = None,
         likelihood: str | Likelihood = "categorical",

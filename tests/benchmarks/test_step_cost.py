@@ -32,9 +32,9 @@ def test_rows_that_cannot_train_a_network_are_left_out(tmp_path: Path) -> None:
 
 
 def test_a_schedule_costs_the_mean_of_its_steps() -> None:
-    ratios = {"between refreshes": 1.0, "refresh, half batch": 2.0, "survey, half batch": 4.0}
+    ratios = {"between refreshes": 1.0, "refresh, quarter batch": 2.0, "survey, quarter batch": 4.0}
     steps = [4.0, 1, 2.0, 1, 2.0, 1]  # a refresh every other step, each third one a survey
-    assert step_cost.per_step(ratios, every=2, survey_every=3, part="half") == pytest.approx(sum(steps) / 6)
+    assert step_cost.per_step(ratios, every=2, survey_every=3, part="quarter") == pytest.approx(sum(steps) / 6)
 
 
 def test_peak_memory_counts_what_the_optimizer_adds(tmp_path: Path) -> None:
