@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from kfac_flat import FlatKFAC
 from kfac_flat.changes import Change, setting
-from kfac_flat.curvature.tracker import Join, RadiusGradient, Select, Tracker
+from kfac_flat.curvature.tracker import Join, RadiusGradient, Scale, Select, Tracker
 from kfac_flat.curvature.twin import Conditions, Twin
 from kfac_flat.nested import batch_size
 from kfac_flat.optimizer import Schedule
@@ -138,6 +138,7 @@ class HessianTracker:
         conditions: Conditions = contextlib.nullcontext,
         *,
         survey: bool = True,
+        scale: Scale = torch.ones_like,
     ) -> RadiusGradient:
         """Differentiate rho on a batch, bringing the eigenvector up to date on the way.
 
@@ -148,6 +149,7 @@ class HessianTracker:
             parameters: With respect to which the Hessian is taken, and its radius differentiated.
             conditions: Makes the context, of randomness and precision, that the forward pass runs in.
             survey: Means nothing here, where there are no layers to choose from.
+            scale: What the gradient is multiplied by, given rho.
         """
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             self._twin = Twin.current(self._twin, self._model, [])
@@ -155,12 +157,12 @@ class HessianTracker:
         mean = total / batch_size((args, kwargs))
         v, product = self._power_iteration(mean, parameters)
         quotient = torch.stack([(x * y).sum() for x, y in zip(v, product, strict=True)]).sum()
+        sign, rho = quotient.detach().sign(), quotient.detach().abs()
         found: tuple[Tensor | None, ...] = ()
         if quotient.requires_grad:
-            found = torch.autograd.grad(quotient, parameters, allow_unused=True)
-        sign, rho = quotient.detach().sign(), quotient.detach().abs()
+            found = torch.autograd.grad(quotient, parameters, sign * scale(rho), allow_unused=True)
         self.eigenvectors, self.radii = dict(zip(parameters, v, strict=True)), {"": rho}
-        gradients = {p: sign * g for p, g in zip(parameters, found, strict=False) if g is not None}
+        gradients = {p: g for p, g in zip(parameters, found, strict=False) if g is not None}
         return RadiusGradient(rho, gradients, self._input_masks(rho))
 
     def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:

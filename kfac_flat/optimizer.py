@@ -334,13 +334,16 @@ class FlatKFAC(OptimizerWrapper):
         self._take_over(gradient)
 
     def _take_over(self, gradient: RadiusGradient) -> None:
-        """Make the penalty's gradient from that of rho; all of it is zero where any of it is not finite."""
+        """Take over the penalty's gradient; all of it is zero where any of it is not finite."""
         weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
-        # Taken out one by one: there are never two copies of all.
-        found = {p: weights[p] * gradient.parameters.pop(p) for p in list(gradient.parameters)}
+        found = gradient.parameters
+        if not self._has_one_weight():  # taken out one by one: there are never two copies of all
+            found = {p: weights[p] * found.pop(p) for p in list(found)}
         self._penalty_norm = get_total_norm(list(found.values())).to(gradient.rho.device)
         finite = self._penalty_norm.isfinite()
-        self._penalty = {p: g.masked_fill_(~finite, 0.0).to(p.dtype) for p, g in found.items()}
+        if finite.device.type != "cpu" or not finite:  # what is on the host can be asked without waiting
+            found = {p: torch.where(finite, found.pop(p), 0.0) for p in list(found)}
+        self._penalty = {p: g.to(p.dtype) for p, g in found.items()}
         self._mask_terms = {}
         for name, mask in gradient.input_masks.items():
             holder = weight_of(self._inner, name)
@@ -364,6 +367,17 @@ class FlatKFAC(OptimizerWrapper):
                 "changes the output into modules",
                 stacklevel=5,  # the line that called step(), past torch's own wrapper
             )
+
+    def _has_one_weight(self) -> bool:
+        """Tell whether the gradient of rho counts the same for all parameters that have a penalty."""
+        settings = {(self._setting(group, "mu"), self._setting(group, "rho_max")) for group in self.param_groups}
+        return len({(mu, rho_max) for mu, rho_max in settings if mu}) == 1
+
+    def _scale(self, rho: Tensor) -> Tensor:
+        """Return what the gradient of rho counts for all parameters, 1 where that differs between them."""
+        if not self._has_one_weight():
+            return torch.ones_like(rho)
+        return next(self._weight(group, rho) for group in self.param_groups if self._setting(group, "mu"))
 
     def _weights(self, rho: Tensor) -> dict[nn.Parameter, Tensor]:
         """Return what the gradient of rho counts for each parameter, which depends on its group."""
@@ -417,10 +431,14 @@ class FlatKFAC(OptimizerWrapper):
         refresh = self._steps // self._options.every
         # After a pause, what is known of the layers may be long out of date.
         survey = self._penalty is None or refresh % self._options.survey_every == 0
-        return self._tracker.gradient(args, kwargs, checked_loss, parameters, call.conditions, survey=survey)
+        return self._tracker.gradient(
+            args, kwargs, checked_loss, parameters, call.conditions, survey=survey, scale=self._scale
+        )
 
     def _count_skipped(self, finite: Tensor) -> None:
         """Count on the device; warn once the count has come back to the host."""
+        if finite.device.type == "cpu" and finite:
+            return
         known = self._skipped_host.peek()
         before = 0 if known is None else int(known)
         self._skipped = (~finite).long() + (0 if self._skipped is None else self._skipped)

@@ -39,6 +39,9 @@ Pairs: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 # The mean over several processes of tensors that each of them has from its own number of examples.
 Average: TypeAlias = Callable[[Sequence[Tensor], int], list[Tensor]]
 
+# What a gradient of rho is multiplied by, given rho. Multiplied afterwards, it would be read and written once more.
+Scale: TypeAlias = Callable[[Tensor], Tensor]
+
 # How a parameter is cut, done to a tensor of its shape; and how a tensor cut like that is put together again.
 Select: TypeAlias = Callable[[nn.Parameter, Tensor], Tensor]
 Join: TypeAlias = Callable[[nn.Parameter, Tensor], Callable[[Tensor], Tensor]]
@@ -55,7 +58,7 @@ class RadiusGradient:
 
     Attributes:
         rho: A scalar without a graph.
-        parameters: d rho / d p by parameter, for those asked for that rho depends on.
+        parameters: d rho / d p times the scale asked for, by parameter, for those that rho depends on.
         input_masks: For each layer that rho depends on, by name, d rho / d m through its A, ``[C_in]``.
     """
 
@@ -87,6 +90,7 @@ class Tracker(Protocol):
         conditions: Conditions,
         *,
         survey: bool,
+        scale: Scale,
     ) -> RadiusGradient:
         """Differentiate rho on a batch; ``survey`` asks to look at all that it may depend on."""
 
@@ -210,6 +214,7 @@ class RadiusTracker:
         conditions: Conditions = contextlib.nullcontext,
         *,
         survey: bool = True,
+        scale: Scale = torch.ones_like,
     ) -> RadiusGradient:
         """Differentiate rho on a batch, bringing eigenvectors and radii up to date on the way.
 
@@ -222,6 +227,7 @@ class RadiusTracker:
             conditions: Makes the context, of randomness and precision, that each forward pass runs in.
             survey: Whether to read all layers, as happens anyway where some are not known or have been cut. If not,
                 only those that rho is known to depend on are read, which costs less the closer they are to the loss.
+            scale: What the gradient at the parameters is multiplied by, given rho.
 
         Raises:
             RuntimeError: if the loss depends on none of the layers.
@@ -240,11 +246,13 @@ class RadiusTracker:
         constant = [name for name in active - self._checked if _is_wrongly_constant(of_active[name])]
         if constant:
             self._leave_out(constant, "followed by something marked with @once_differentiable: no second derivative")
-            return self.gradient(args, kwargs, loss, parameters, conditions)
+            return self.gradient(args, kwargs, loss, parameters, conditions, scale=scale)
         self._checked |= active
         rho = torch.stack(list(of_active.values())).sum()
+        radii = {name: of_A * of_G for name, (of_A, of_G) in at.items()}
+        total = torch.stack([radii[name].max() for name in active]).sum()
         try:
-            gradients = _differentiate(rho, parameters)
+            gradients = _differentiate(rho, parameters, scale(total))
         except RuntimeError as error:
             if not _tells_of_no_derivative(error):
                 raise
@@ -253,12 +261,10 @@ class RadiusTracker:
                 again = {n: product_rule(eigenvalues(seen[n], vectors[n]), at[n]) for n in active}
                 active = {name for name in active if not _has_derivative(again[name], parameters)}
             self._leave_out(active, f"followed by something that has no second derivative: {error}")
-            return self.gradient(args, kwargs, loss, parameters, conditions)
-        radii = {name: of_A * of_G for name, (of_A, of_G) in at.items()}
+            return self.gradient(args, kwargs, loss, parameters, conditions, scale=scale)
         self._publish(vectors, {name: of_groups.max() for name, of_groups in radii.items()}, all_layers=survey)
         masks = {name: input_mask_gradient(seen[name].layer, radii[name], vectors[name]) for name in active}
         averaged = self._average(list(gradients.values()), _examples(seen))
-        total = torch.stack([radii[name].max() for name in active]).sum()
         return RadiusGradient(total, dict(zip(gradients, averaged, strict=True)), masks)
 
     def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:
@@ -445,12 +451,14 @@ def _examples(seen: Mapping[str, LayerData]) -> int:
     return next(iter(seen.values())).batch_size
 
 
-def _differentiate(rho: Tensor, parameters: Sequence[nn.Parameter], again: bool = False) -> dict[nn.Parameter, Tensor]:
-    """Return d rho / d p by parameter, for those that rho depends on; ``again`` keeps the graph."""
+def _differentiate(
+    rho: Tensor, parameters: Sequence[nn.Parameter], scale: Tensor | None = None, again: bool = False
+) -> dict[nn.Parameter, Tensor]:
+    """Return scale * d rho / d p by parameter, for those that rho depends on; ``again`` keeps the graph."""
     if not rho.requires_grad:
         return {}
     with BACKPACK, quiet_hooks():
-        gradients = torch.autograd.grad(rho, parameters, allow_unused=True, retain_graph=again)
+        gradients = torch.autograd.grad(rho, parameters, scale, allow_unused=True, retain_graph=again)
     return {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
 
 
