@@ -109,8 +109,10 @@ class Twin:
         """
         # Fused attention has no second derivative, the plain one does.
         with self._left_clean(), BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            output, losses = self.run(args, kwargs, loss, conditions)
             wanted = {name: layer for name, layer in self.layers.items() if only is None or name in only}
+            for layer in wanted.values():
+                vars(layer)["_is_read"] = True
+            output, losses = self.run(args, kwargs, loss, conditions)
             targets = [probe for layer in wanted.values() for probe in vars(layer).get("_probes", ())]
             self._backward(losses.sum(), targets, create_graph)
             found = {name: self._extension.collect(layer) for name, layer in wanted.items()}
@@ -150,13 +152,12 @@ class Twin:
         finally:
             for layer in self.layers.values():
                 self._extension.collect(layer)
-                for leftover in ("_probes", "input0", "output"):
+                for leftover in ("_is_read", "_probes", "input0", "output"):
                     vars(layer).pop(leftover, None)
                 # Part of a parameter, which could not be swapped for a smaller one while this refers to it.
                 vars(layer).update({key: t.detach() for key, t in vars(layer).items() if isinstance(t, Tensor)})
             for _, twin in self._pairs:  # what the model has kept to itself would keep the graph
-                own = vars(twin)
-                own.update((k, map_tensors(Tensor.detach, value)) for k, value in own.items() if _holds_data(k, value))
+                vars(twin).update((k, map_tensors(Tensor.detach, v)) for k, v in _attributes(twin) if _holds_data(v))
 
     def _backward(self, total: Tensor, targets: list[Tensor], create_graph: bool) -> None:
         """Let the gradient flow past every layer, computing no weight gradient but where nothing else leads there."""
@@ -170,14 +171,13 @@ class Twin:
         """Take over flags and settings that may have changed since, and the values of the buffers."""
         for original, twin in self._pairs:
             own = vars(twin)
-            settings = {key: value for key, value in vars(original).items() if _is_setting(value)}
-            settings.pop("_compiled_call_impl", None)  # what Module.compile() made runs the original
-            own.update(settings)
+            for key, value in _attributes(original):
+                if _is_setting(value):
+                    own[key] = value
+                elif _holds_data(value):
+                    own[key] = map_tensors(_copy, value)
             if "inplace" in own:
-                twin.inplace = False  # type: ignore[assignment]  # BackPACK's hooks forbid in-place ops on a layer's output
-            own.update(
-                (key, map_tensors(_copy, value)) for key, value in vars(original).items() if _holds_data(key, value)
-            )
+                own["inplace"] = False  # BackPACK's hooks forbid in-place ops on a layer's output
             for name, buffer in original._buffers.items():
                 if buffer is not None:
                     twin._buffers[name].copy_(buffer)  # type: ignore[union-attr]
@@ -223,9 +223,15 @@ def quiet_hooks() -> Iterator[None]:
 
 
 class _Probe(nn.Module):
-    """Notes the input before BackPACK's hook wraps it, and hands on an output that may be changed in place."""
+    """Notes the input before BackPACK's hook wraps it, and hands on an output that may be changed in place.
+
+    A layer that is not read goes without the hooks.
+    """
 
     def __call__(self, input: Tensor) -> Tensor:  # named as in Linear and Conv2d
+        if "_is_read" not in vars(self):
+            unread: Tensor = self.forward(input)
+            return unread
         if "_probes" in vars(self):
             raise CalledTwiceError(self)
         # The gradient of the input flows past BackPACK's hook; where the input needs none, that of a parameter does.
@@ -323,22 +329,32 @@ def _matches(name: str, module: nn.Module, choice: str | type[nn.Module]) -> boo
 
 def _fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
     """Identity of modules, identity and shape of parameters; kind of buffers, whose values are copied anyway."""
-    parameters = [(id(p), p.shape, p.device, p.dtype) for p in model.parameters()]
-    buffers = [(b.shape, b.device, b.dtype) for b in model.buffers()]
-    modules = [(id(m), type(m)) for m in model.modules()]
-    return [*parameters, *buffers, *modules]
+    modules = list(model.modules())
+    parameters = [p for module in modules for p in module._parameters.values() if p is not None]
+    buffers = [b for module in modules for b in module._buffers.values() if b is not None]
+    return [
+        *((id(p), p.shape, p.device, p.dtype) for p in parameters),
+        *((b.shape, b.device, b.dtype) for b in buffers),
+        *((id(module), type(module)) for module in modules),
+    ]
 
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+# What Module.compile() makes is among it, which runs the original.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return the module's mode, and what it holds beside what every module does."""
+    return [(name, value) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
 
 
 def _copy(t: Tensor) -> Tensor:
     return t.detach().clone()
 
 
-def _holds_data(name: str, value: Any) -> bool:
+def _holds_data(value: Any) -> bool:
     """Tell whether an attribute is a tensor, or a list or the like of tensors, settings and lists of them."""
-    return name not in _OF_EVERY_MODULE and (_is_data(value) or _is_collection(value))
+    return _is_data(value) or _is_collection(value)
 
 
 def _is_data(value: Any) -> bool:
