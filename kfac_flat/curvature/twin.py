@@ -157,7 +157,8 @@ class Twin:
                 # Part of a parameter, which could not be swapped for a smaller one while this refers to it.
                 vars(layer).update({key: t.detach() for key, t in vars(layer).items() if isinstance(t, Tensor)})
             for _, twin in self._pairs:  # what the model has kept to itself would keep the graph
-                vars(twin).update((k, map_tensors(Tensor.detach, v)) for k, v in _attributes(twin) if _holds_data(v))
+                kept = [(k, v) for k, v in _attributes(twin) if not _is_setting(v) and _holds_data(v)]
+                vars(twin).update((k, map_tensors(Tensor.detach, v)) for k, v in kept)
 
     def _backward(self, total: Tensor, targets: list[Tensor], create_graph: bool) -> None:
         """Let the gradient flow past every layer, computing no weight gradient but where nothing else leads there."""
