@@ -9,7 +9,8 @@ which know of few kinds of layers. Peak memory is that of a fresh process (on a 
 before the network was made.
 
 Run it with ``python -m benchmarks.step_cost`` (``pip install -e ".[benchmark]"``); ``--help`` tells the options,
-``--widths`` measures one network at several widths instead.
+``--widths`` and ``--batch-sizes`` measure one network at several of them instead, ``--report`` writes the page
+(:mod:`benchmarks.cost_page`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,9 +39,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from baselines import SAM, SpectralRadius
+from benchmarks import cost_page
 from benchmarks.commands import Parser, begin
 from benchmarks.networks import CifarNet
 from benchmarks.records import ROOT, circumstances, progress_bar, write_tables
+from benchmarks.report import write_page
 from benchmarks.saliency_cost import mlp, resnet18_cifar
 from benchmarks.tasks import CRITERION
 from examples.digits import whole
@@ -145,6 +149,7 @@ ROWS: dict[str, Make] = {
     "Hessian, 10 products": with_hessian,
     "BackPACK's KFAC and eigh": with_factors,
 }
+PEERS = (EXACT, "Hessian, 10 products", "BackPACK's KFAC and eigh")  # which take many times a step
 # Steps from refresh to refresh, refreshes from survey to survey, share of the batch.
 SCHEDULES = {
     "default": None,
@@ -158,6 +163,12 @@ def per_step(ratios: Ratios, every: int, survey_every: int, part: str) -> float:
     refresh, survey = ratios[f"refresh, {part} batch"], ratios[f"survey, {part} batch"]
     refreshes = (survey + (survey_every - 1) * refresh) / survey_every
     return (refreshes + (every - 1) * ratios[BETWEEN]) / every
+
+
+def most(memory: Ratios, every: int, survey_every: int, part: str) -> float:
+    """Peak memory under a schedule: that of the step which takes the most."""
+    kinds = [f"refresh, {part} batch", f"survey, {part} batch", *([BETWEEN] if every > 1 else [])]
+    return max(memory[kind] for kind in kinds)
 
 
 def default_schedule() -> tuple[int, int, str]:
@@ -289,37 +300,49 @@ def cost_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def with_schedules(ratios: Ratios) -> Ratios:
-    """Add what whole schedules cost per step."""
+def with_schedules(ratios: Ratios, combined: Callable[..., float] = per_step) -> Ratios:
+    """Add what whole schedules cost."""
     schedules = {name: schedule or default_schedule() for name, schedule in SCHEDULES.items()}
-    return {**ratios, **{name: per_step(ratios, *schedule) for name, schedule in schedules.items()}}
+    return {**ratios, **{name: combined(ratios, *schedule) for name, schedule in schedules.items()}}
 
 
 def measure_networks(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], Table]:
     """Time every row on every network, and take the memory of each."""
     found: dict[str, Any] = {}
-    with progress(console, len(options.models) * (options.repetitions + 1 + len(ROWS) * options.memory)) as advance:
+    rows = len(rows_of(options)) * options.memory
+    with progress(console, len(options.models) * (options.repetitions + 1 + rows)) as advance:
         for name in options.models:
             torch.manual_seed(0)
-            seconds, ratios = time_ratios(NETWORKS[name](), ROWS, options, advance)
+            seconds, ratios = time_ratios(NETWORKS[name](), rows_of(options), options, advance)
             memory: dict[str, float] = {}
             for row in ROWS.keys() & ratios.keys() if options.memory else ():
                 memory[row] = memory_in_fresh_process(name, row, options)
                 advance()
             relative = {row: mebibytes / memory[BARE] for row, mebibytes in memory.items()}
+            relative = with_schedules(relative, most) if relative else relative
             found[name] = {"seconds": seconds, "time": with_schedules(ratios), "memory": relative}
     return found, cost_table(found)
 
 
-def measure_widths(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], Table]:
-    """Time a residual network for 16 x 16 images at several widths."""
+def measure_sizes(options: argparse.Namespace, console: Console) -> tuple[dict[str, Any], Table]:
+    """Time a residual network for 16 x 16 images at several widths, or at several batch sizes."""
+    sizes = [{"width": width, "batch_size": options.batch_size} for width in options.widths or ()]
+    sizes += [{"width": 64, "batch_size": batch_size} for batch_size in options.batch_sizes or ()]
     found: dict[str, Any] = {}
-    with progress(console, len(options.widths) * (options.repetitions + 1)) as advance:
-        for width in options.widths:
+    with progress(console, len(sizes) * (options.repetitions + 1)) as advance:
+        for size in sizes:
             torch.manual_seed(0)
-            seconds, ratios = time_ratios((CifarNet((width,) * 4), (3, 16, 16)), ROWS, options, advance)
-            found[f"width {width}"] = {"seconds": seconds, "time": with_schedules(ratios), "memory": {}}
+            network = CifarNet((size["width"],) * 4), (3, 16, 16)
+            given = argparse.Namespace(**{**vars(options), "batch_size": size["batch_size"]})
+            seconds, ratios = time_ratios(network, rows_of(options), given, advance)
+            name = f"width {size['width']}" if options.widths else f"batch {size['batch_size']}"
+            found[name] = {"seconds": seconds, "time": with_schedules(ratios), "memory": {}, **size}
     return found, cost_table(found)
+
+
+def rows_of(options: argparse.Namespace) -> dict[str, Make]:
+    """Rows that are asked for."""
+    return {name: make for name, make in ROWS.items() if options.peers or name not in PEERS}
 
 
 @contextlib.contextmanager
@@ -338,12 +361,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(peak_memory(*options.memory_of, options))
         return
     console = begin(options)
-    measure = measure_widths if options.widths else measure_networks
+    if options.report:
+        write_page(options.page, partial(cost_page.lines, cost_page.read_all(options.out)))
+        return
+    measure = measure_sizes if options.widths or options.batch_sizes else measure_networks
     found, table = measure(options, console)
     console.print(table)
     packages = ("torch", "torchvision", "backpack-for-pytorch")
     about = circumstances(options.command, options.threads, options.device, packages)
-    about |= {"batch size": options.batch_size}
+    about |= {"batch size": options.batch_size} if not options.batch_sizes else {}
+    about |= {"default": "every={}, survey_every={}, on a {} batch".format(*default_schedule())}
     path = options.out / f"{options.name}.json"
     path.write_text(json.dumps({**about, "results": found}, indent=2) + "\n")
     write_tables(path.with_suffix(".txt"), [table], (f"{what}: {value}" for what, value in about.items()))
@@ -355,7 +382,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("step_cost", "Time FlatKFAC's steps beside the bare optimizer's.")
     parser.add_argument("--models", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), help="networks")
     parser.add_argument("--widths", nargs="+", type=int, help="measure a residual network at these widths instead")
+    parser.add_argument("--batch-sizes", nargs="+", type=whole(1), help="measure one at width 64 at these instead")
     parser.add_argument("--batch-size", type=whole(1), default=32, help="examples")
+    parser.add_argument(
+        "--peers", action=argparse.BooleanOptionalAction, default=True, help="measure those that take many steps' time"
+    )
     parser.add_argument("--repetitions", type=whole(1), default=15, help="timed steps of each row")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure memory too")
     parser.add_shared("--threads")
@@ -364,6 +395,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_shared("--out", default=Path("benchmarks/results/step_cost"))
     parser.add_argument("--name", default="cpu", help="of the files there")
+    parser.add_argument(
+        "--report", action="store_true", help="write the page of all that was measured, and run nothing"
+    )
+    parser.add_argument("--page", type=Path, default=Path("docs/results/cost.md"), help="which --report writes")
     parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "ROW"), help=argparse.SUPPRESS)
     options = parser.read(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -31,6 +31,35 @@ def test_rows_that_cannot_train_a_network_are_left_out(tmp_path: Path) -> None:
     assert "SAM" in found
 
 
+def test_rows_that_take_many_steps_time_can_be_left_out(tmp_path: Path) -> None:
+    found = measured(tmp_path, "--batch-sizes", "4", "--no-peers")["results"]["batch 4"]
+    assert not found["time"].keys() & set(step_cost.PEERS)
+    assert found["batch_size"] == 4
+
+
+def test_the_page_tells_and_draws_what_was_measured(tmp_path: Path) -> None:
+    found = measured(tmp_path, "--widths", "4", "8", "--no-peers")
+    page = tmp_path / "cost.md"
+    step_cost.main(["--report", "--out", str(tmp_path), "--page", str(page)])
+    text = page.read_text()
+    assert "|  | width 4 | width 8 |" in text
+    assert f"| SAM | {found['results']['width 4']['time']['SAM']:.2f} |" in text
+    assert "batches of 8" in text
+    assert "--device cuda" in text  # what has not been measured
+    assert (tmp_path / "cost" / "cpu.png").stat().st_size > 10_000
+
+
+def test_a_page_of_nothing_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="holds no measurements yet"):
+        step_cost.main(["--report", "--out", str(tmp_path)])
+
+
+def test_a_schedule_takes_the_memory_of_its_largest_step() -> None:
+    memory = {"between refreshes": 3.0, "refresh, quarter batch": 1.0, "survey, quarter batch": 2.0}
+    assert step_cost.most(memory, every=2, survey_every=3, part="quarter") == 3
+    assert step_cost.most(memory, every=1, survey_every=3, part="quarter") == 2
+
+
 def test_a_schedule_costs_the_mean_of_its_steps() -> None:
     ratios = {"between refreshes": 1.0, "refresh, quarter batch": 2.0, "survey, quarter batch": 4.0}
     steps = [4.0, 1, 2.0, 1, 2.0, 1]  # a refresh every other step, each third one a survey

@@ -1,0 +1,125 @@
+"""The page and the picture of what :mod:`benchmarks.step_cost` has measured, every number from its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.records import one_line
+from benchmarks.report import table
+
+PREFACE = """\
+# What a step costs
+
+Written by `python -m benchmarks.step_cost --report` from the files that `python -m benchmarks.step_cost` has left in
+`benchmarks/results/step_cost/`.
+
+- A number is the time of a step relative to one of bare SGD on the same batch, the median over rounds in which each row
+  makes one step in turn; in brackets peak memory relative to bare SGD's, each in a process of its own.
+- FlatKFAC's steps are of three kinds: between refreshes the gradient kept is added; a *refresh* reads the layer that
+  attains the maximum and differentiates its radius; a *survey* is a refresh that looks at all layers. What a schedule
+  costs per step follows from these, what it takes of memory is the most that any of them does.
+- *default* is the schedule that FlatKFAC has by default, named below the table. *every=1, full batch* refreshes at
+  every step on all of the batch. Unless it says otherwise, every fourth refresh is a survey, and a quarter of the batch
+  is read.
+- Cells are empty where a method cannot train the network: BackPACK's factors know few kinds of layers, and exact
+  factors of more than 2048 rows are not waited for.
+"""
+ON_A_GPU = """\
+## On a GPU
+
+Not measured yet. These commands will:
+
+    python -m pytest tests/test_gpu.py
+    python -m benchmarks.step_cost --device cuda --batch-size 128 --name cuda
+    python -m benchmarks.step_cost --device cuda --batch-size 128 --bfloat16 --channels-last --name cuda-bfloat16
+    python -m benchmarks.step_cost --device cuda --batch-size 128 --widths 32 64 128 256 512 --name cuda-widths
+    torchrun --nproc-per-node 2 -m examples.ddp
+    python -m benchmarks.step_cost --report
+
+The first proves that `step()` never waits for the device (`torch.cuda.set_sync_debug_mode("error")`); the last but one
+talks over NCCL where each process has a GPU of its own.
+"""
+CURVES = ("default", "every=4", "every=16", "every=1, full batch", "SAM")
+
+
+def read_all(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the measurements there are, by the names of their files.
+
+    Raises:
+        SystemExit: if there are none.
+    """
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise SystemExit(f"{folder} holds no measurements yet: make some with python -m benchmarks.step_cost")
+    return {file.stem: json.loads(file.read_text()) for file in files}
+
+
+def lines(found: Mapping[str, Mapping[str, Any]], pictures: Path) -> Iterator[str]:
+    """Write the page, and draw its pictures."""
+    yield from PREFACE.splitlines()
+    for name, measured in found.items():
+        results = measured["results"]
+        yield from ("", f"## {title(measured)}", "", *rows(results))
+        axis = swept(results)
+        if axis:
+            picture = pictures / f"{name}.png"
+            draw(results, axis, picture)
+            yield from ("", f"![Cost against {axis.replace('_', ' ')}]({pictures.name}/{picture.name})")
+        yield from ("", *(f"- {what}: {one_line(measured[what])}" for what in measured if what != "results"))
+    if not any("cuda" in measured["command"] for measured in found.values()):
+        yield from ("", *ON_A_GPU.splitlines())
+
+
+def title(measured: Mapping[str, Any]) -> str:
+    """Say what was measured."""
+    axis = swept(measured["results"])
+    what = {"": "Networks", "width": "Against width", "batch_size": "Against batch size"}[axis]
+    batch = f", batches of {measured['batch size']}" if "batch size" in measured else ""
+    return f"{what}{batch}, {measured['hardware']}"
+
+
+def swept(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tell which size was varied; empty if these are different networks."""
+    axes = [axis for axis in ("width", "batch_size") if len({r.get(axis) for r in results.values()}) > 1]
+    return axes[0] if axes else ""
+
+
+def rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Write the table, a column for each network."""
+    names = dict.fromkeys(row for result in results.values() for row in result["time"])
+    cells = ([row, *(cell(result, row) for result in results.values())] for row in names)
+    seconds = ["seconds of a bare step", *(f"{result['seconds']:.3g}" for result in results.values())]
+    return table(["", *results], [*cells, seconds])
+
+
+def cell(result: Mapping[str, Any], row: str) -> str:
+    """Write time and, where it is known, memory."""
+    time, memory = result["time"].get(row), result["memory"].get(row)
+    return "" if time is None else f"{time:.2f}" + ("" if memory is None else f" ({memory:.2f})")
+
+
+def draw(results: Mapping[str, Mapping[str, Any]], axis: str, path: Path) -> None:
+    """Draw relative cost, and seconds of bare steps and default ones, against the size that was varied."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    sizes: Sequence[int] = [result[axis] for result in results.values()]
+    for row in CURVES:
+        left.plot(sizes, [result["time"][row] for result in results.values()], marker="o", label=row)
+    for row in ("bare SGD", "default"):
+        seconds = [result["seconds"] * result["time"][row] for result in results.values()]
+        right.plot(sizes, seconds, marker="o", label=row)
+    power, growth = (2, "width²") if axis == "width" else (1, "batch")
+    last = list(results.values())[-1]["seconds"]
+    right.plot(sizes, [last * (size / sizes[-1]) ** power for size in sizes], ":", color="0.5", label=f"∝ {growth}")
+    left.set(xlabel=axis.replace("_", " "), ylabel="time of a step, relative to bare SGD", xscale="log", ylim=(0, None))
+    right.set(xlabel=axis.replace("_", " "), ylabel="seconds of a step", xscale="log", yscale="log")
+    for axes in (left, right):
+        axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+        axes.minorticks_off()
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
