@@ -19,7 +19,8 @@ Written by `python -m benchmarks.step_cost --report` from the files that `python
 `benchmarks/results/step_cost/`.
 
 - A number is the time of a step relative to one of bare SGD on the same batch, the median over rounds in which each row
-  makes one step in turn; in brackets peak memory relative to bare SGD's, each in a process of its own.
+  makes one step in turn; in brackets the peak of all tensors alive at once, relative to bare SGD's. A process may grow
+  by more: what its allocator cannot use again comes on top.
 - FlatKFAC's steps are of three kinds: between refreshes the gradient kept is added; a *refresh* reads the layer that
   attains the maximum and differentiates its radius; a *survey* is a refresh that looks at all layers. What a schedule
   costs per step follows from these, what it takes of memory is the most that any of them does.

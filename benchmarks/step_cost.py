@@ -5,8 +5,7 @@ whatever else the machine does meets all of them; the ratio to the bare step is 
 told. FlatKFAC's steps are of three kinds, each a row: between refreshes, a refresh that reads the layer which attains
 the maximum, and one that surveys all layers. What a schedule costs per step follows from these. Beside them stand SAM,
 the Hessian's spectral radius by ten products with it, and BackPACK's own Kronecker factors with their decompositions,
-which know of few kinds of layers. Peak memory is that of a fresh process (on a GPU, of the allocator) over what it took
-before the network was made.
+which know of few kinds of layers. Peak memory is that of all tensors alive at once.
 
 Run it with ``python -m benchmarks.step_cost`` (``pip install -e ".[benchmark]"``); ``--help`` tells the options,
 ``--widths`` and ``--batch-sizes`` measure one network at several of them instead, ``--report`` writes the page
@@ -19,9 +18,6 @@ import argparse
 import contextlib
 import copy
 import json
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -41,8 +37,9 @@ from torch.optim import SGD, Optimizer
 from baselines import SAM, SpectralRadius
 from benchmarks import cost_page
 from benchmarks.commands import Parser, begin
+from benchmarks.memory import Allocated
 from benchmarks.networks import CifarNet
-from benchmarks.records import ROOT, circumstances, progress_bar, write_tables
+from benchmarks.records import circumstances, progress_bar, write_tables
 from benchmarks.report import write_page
 from benchmarks.saliency_cost import mlp, resnet18_cifar
 from benchmarks.tasks import CRITERION
@@ -243,41 +240,20 @@ def time_ratios(
 
 
 def peak_memory(network: str, row: str, options: argparse.Namespace) -> float:
-    """Peak memory in MiB of three steps, over what the process holds before.
+    """Peak memory in MiB of the tensors in three steps, those of the network and the optimizer among them."""
 
-    Raises:
-        SystemExit: where the system does not tell.
-    """
-    model, shape = NETWORKS[network]()
-    cuda = options.device == "cuda"
-    if cuda:
-        before = torch.cuda.memory_allocated() / 2**20
+    def train() -> None:
+        subject = Subject(NETWORKS[network]()[0], ROWS[row], NETWORKS[network]()[1], options)
+        for _ in range(3):
+            subject.step()
+
+    if options.device == "cuda":
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    else:
-        before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of the imports
-    subject = Subject(model, ROWS[row], shape, options)
-    for _ in range(3):
-        subject.step()
-    return (torch.cuda.max_memory_allocated() / 2**20 if cuda else _resident("VmHWM")) - before
-
-
-def _resident(what: str) -> float:
-    """Memory of this process in MiB, as Linux tells it."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        raise SystemExit("peak memory on a CPU is read from /proc/self, which is not there: give --no-memory")
-    found = re.search(rf"^{what}:\s*(\d+) kB$", status.read_text(), re.MULTILINE)
-    assert found
-    return int(found[1]) / 2**10
-
-
-def memory_in_fresh_process(network: str, row: str, options: argparse.Namespace) -> float:
-    """Measure peak memory where nothing else has been."""
-    flags = [f"--{flag.replace('_', '-')}" for flag in ("channels_last", "bfloat16") if getattr(options, flag)]
-    sizes = ["--batch-size", str(options.batch_size), "--threads", str(options.threads), "--device", options.device]
-    command = [sys.executable, "-m", "benchmarks.step_cost", "--memory-of", network, row, *flags, *sizes]
-    return float(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+        train()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with Allocated() as memory:
+        return memory.during(train) / 2**20
 
 
 # ---------------------------------------------------------------- what is told
@@ -316,7 +292,7 @@ def measure_networks(options: argparse.Namespace, console: Console) -> tuple[dic
             seconds, ratios = time_ratios(NETWORKS[name](), rows_of(options), options, advance)
             memory: dict[str, float] = {}
             for row in ROWS.keys() & ratios.keys() if options.memory else ():
-                memory[row] = memory_in_fresh_process(name, row, options)
+                memory[row] = peak_memory(name, row, options)
                 advance()
             relative = {row: mebibytes / memory[BARE] for row, mebibytes in memory.items()}
             relative = with_schedules(relative, most) if relative else relative
@@ -356,10 +332,6 @@ def progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(arguments)
-    if options.memory_of:
-        torch.set_num_threads(options.threads)
-        print(peak_memory(*options.memory_of, options))
-        return
     console = begin(options)
     if options.report:
         write_page(options.page, partial(cost_page.lines, cost_page.read_all(options.out)))
@@ -399,7 +371,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--report", action="store_true", help="write the page of all that was measured, and run nothing"
     )
     parser.add_argument("--page", type=Path, default=Path("docs/results/cost.md"), help="which --report writes")
-    parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "ROW"), help=argparse.SUPPRESS)
     options = parser.read(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")

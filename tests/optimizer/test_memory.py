@@ -2,52 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.memory import Allocated
 from kfac_flat import FlatKFAC
-
-
-class Allocated(TorchDispatchMode):
-    """Counts the bytes of all storages made while it is on, and the most that were alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor):
-                self._count(t.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-        self._alive.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._alive.discard(key)
-        self.now -= size
-
-    def of(self, call: Any) -> int:
-        """Peak during a call, over what was there before it."""
-        before = self.peak = self.now
-        call()
-        return self.peak - before
 
 
 def steps_of(model: nn.Module, x: Tensor, steps: int, **options: Any) -> list[int]:
@@ -58,15 +21,15 @@ def steps_of(model: nn.Module, x: Tensor, steps: int, **options: Any) -> list[in
         for _ in range(steps):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), torch.arange(len(x)) % 10).backward()
-            peaks.append(memory.of(optimizer.step))
+            peaks.append(memory.during(optimizer.step))
     return peaks
 
 
 def test_the_counter_sees_what_is_held_at_once_and_nothing_that_is_gone() -> None:
     with Allocated() as memory:
         kept: list[Tensor] = []
-        one_after_the_other = memory.of(lambda: [torch.zeros(1000).sum() for _ in range(3)])
-        at_once = memory.of(lambda: kept.extend(torch.zeros(1000) for _ in range(3)))
+        one_after_the_other = memory.during(lambda: [torch.zeros(1000).sum() for _ in range(3)])
+        at_once = memory.during(lambda: kept.extend(torch.zeros(1000) for _ in range(3)))
     assert 4000 <= one_after_the_other < 8000
     assert 12000 <= at_once < 13000
 
