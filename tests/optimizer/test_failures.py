@@ -211,6 +211,16 @@ def test_layers_behind_which_something_is_differentiable_once_are_named_and_the_
     assert_gradients_close(seen, times(0.3, gradient))
 
 
+@pytest.mark.parametrize("kind", [Fused, Distances])
+def test_the_step_that_finds_a_layer_without_second_derivative_has_the_penalty_of_the_others(kind: Any) -> None:
+    model, (x, y) = seeded(kind), batch(8, 4)
+    optimizer = plain(model, mu=0.3, reduction="sum")
+    found, again = (penalty(model, optimizer, x, y) for _ in range(2))
+    assert optimizer.skipped_layers
+    assert any(gradient.any() for gradient in found)
+    assert_gradients_close(found, again)
+
+
 def test_where_no_layer_is_left_the_error_names_them_all() -> None:
     model = seeded(Fused)
     optimizer = plain(model, mu=0.3, reduction="sum", layers=["first", "second"])
