@@ -165,10 +165,10 @@ class HessianTracker:
         gradients = {p: g for p, g in zip(parameters, found, strict=False) if g is not None}
         return RadiusGradient(rho, gradients, self._input_masks(rho))
 
-    def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:
+    def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions, *, graph: bool) -> Any:
         """Return what the copy of the model that is differentiated gives."""
         self._twin = Twin.current(self._twin, self._model, [])
-        return self._twin.output(args, kwargs, conditions)
+        return self._twin.output(args, kwargs, conditions, graph=graph)
 
     def _power_iteration(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
         """Return a unit vector close to the eigenvector, and the Hessian times it, which has a graph."""

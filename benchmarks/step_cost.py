@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -240,20 +241,29 @@ def time_ratios(
 
 
 def peak_memory(network: str, row: str, options: argparse.Namespace) -> float:
-    """Peak memory in MiB of the tensors in three steps, those of the network and the optimizer among them."""
+    """Peak memory in MiB of the tensors in a step, those of the network and the optimizer among them.
 
-    def train() -> None:
-        subject = Subject(NETWORKS[network]()[0], ROWS[row], NETWORKS[network]()[1], options)
-        for _ in range(3):
-            subject.step()
+    It is the third: the first one looks at all layers whatever the row, and makes the optimizer's state.
+    """
+    gc.collect()  # what earlier rows have left would be counted, or taken off when it goes
+
+    def trained() -> Subject:
+        model, shape = NETWORKS[network]()
+        subject = Subject(model, ROWS[row], shape, options)
+        subject.step()
+        subject.step()
+        return subject
 
     if options.device == "cuda":
         before = torch.cuda.memory_allocated()
+        subject = trained()
         torch.cuda.reset_peak_memory_stats()
-        train()
+        subject.step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     with Allocated() as memory:
-        return memory.during(train) / 2**20
+        subject = trained()
+        held = memory.now
+        return (held + memory.during(subject.step)) / 2**20
 
 
 # ---------------------------------------------------------------- what is told
@@ -353,8 +363,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the options."""
     parser = Parser("step_cost", "Time FlatKFAC's steps beside the bare optimizer's.")
     parser.add_argument("--models", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), help="networks")
-    parser.add_argument("--widths", nargs="+", type=int, help="measure a residual network at these widths instead")
-    parser.add_argument("--batch-sizes", nargs="+", type=whole(1), help="measure one at width 64 at these instead")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--widths", nargs="+", type=int, help="measure a residual network at these widths instead")
+    sizes.add_argument("--batch-sizes", nargs="+", type=whole(1), help="measure one at width 64 at these instead")
     parser.add_argument("--batch-size", type=whole(1), default=32, help="examples")
     parser.add_argument(
         "--peers", action=argparse.BooleanOptionalAction, default=True, help="measure those that take many steps' time"

@@ -297,7 +297,7 @@ class FlatKFAC(OptimizerWrapper):
     def _set_factor(self, parameters: list[nn.Parameter]) -> Tensor:
         """Bound the penalty by the loss's gradient at this step, on the device; returns whether all is finite."""
         loss_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        finite = loss_norm + self._penalty_norm < math.inf
+        finite = torch.maximum(loss_norm, self._penalty_norm) < math.inf  # NaN is not
         factor = torch.ones_like(loss_norm)
         if self._options.clip is not None:
             tiny = torch.finfo(loss_norm.dtype).tiny
@@ -357,8 +357,7 @@ class FlatKFAC(OptimizerWrapper):
         self._calls.keeps_outputs = False
         if graph is None:
             return
-        call = graph.call
-        difference = largest_difference(self._tracker.output(call.args, call.kwargs, call.conditions), graph.output)
+        difference = self._difference(graph.call, graph.output)
         if difference > _DIFFERENT:  # not where values are not numbers, of which is told elsewhere
             warnings.warn(
                 "the copy of the model on which FlatKFAC reads the curvature gives another output than the model did "
@@ -367,6 +366,27 @@ class FlatKFAC(OptimizerWrapper):
                 "changes the output into modules",
                 stacklevel=5,  # the line that called step(), past torch's own wrapper
             )
+
+    def _difference(self, call: RecordedCall, expected: Any) -> float:
+        """Return by how much the twin's output differs from the model's.
+
+        Without a graph, which takes memory; with one as well where a model does something else without gradients, as
+        torch's encoders in eval mode, or cannot run, as one that differentiates in its forward pass.
+        """
+
+        def difference(graph: bool) -> float:
+            output = self._tracker.output(call.args, call.kwargs, call.conditions, graph=graph)
+            return largest_difference(output, expected)
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what the model itself would not have done
+                without = difference(graph=False)
+        except _CANNOT_RUN as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            without = math.inf
+        return difference(graph=True) if without > _DIFFERENT else without
 
     def _has_one_weight(self) -> bool:
         """Tell whether the gradient of rho counts the same for all parameters that have a penalty."""

@@ -39,6 +39,8 @@ class LayerDataExtension(FirstOrderBackpropExtension):  # type: ignore[misc]  # 
     @staticmethod
     def collect(layer: nn.Module) -> LayerData | None:
         """Return what was read of the layer, if the backward pass came by, and leave no trace."""
-        vars(layer.weight).pop(_SAVEFIELD, None)
+        weight = getattr(layer, "weight", None)  # a projection that has not been called yet has none
+        if weight is not None:
+            vars(weight).pop(_SAVEFIELD, None)
         data: LayerData | None = vars(layer).pop(_SAVEFIELD, None)
         return data

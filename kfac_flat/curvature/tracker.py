@@ -94,7 +94,7 @@ class Tracker(Protocol):
     ) -> RadiusGradient:
         """Differentiate rho on a batch; ``survey`` asks to look at all that it may depend on."""
 
-    def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:
+    def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions, *, graph: bool) -> Any:
         """Return what the copy of the model that is read gives, to be compared with what the model gave."""
 
     def prepare_cut(self, kept: Mapping[str, Kept], select: Select) -> list[Change]:
@@ -267,9 +267,9 @@ class RadiusTracker:
         averaged = self._average(list(gradients.values()), _examples(seen))
         return RadiusGradient(total, dict(zip(gradients, averaged, strict=True)), masks)
 
-    def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions) -> Any:
+    def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions, *, graph: bool) -> Any:
         """Return what the copy of the model that is read gives, to be compared with what the model gave."""
-        return self._current_twin().output(args, kwargs, conditions)
+        return self._current_twin().output(args, kwargs, conditions, graph=graph)
 
     def prepare_cut(self, kept: Mapping[str, Kept], select: Select) -> list[Change]:
         """Work out what a cut that is still to come leaves of the eigenvectors; all radii will have to be seen anew."""

@@ -16,11 +16,12 @@ import threading
 import types
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from backpack import backpack, extend
+from backpack import backpack, hook_run_extensions, hook_store_io
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
@@ -68,7 +69,6 @@ class Twin:
         self.layers: dict[str, Layer] = {name: self.model.get_submodule(name) for name in names}  # type: ignore[misc]
         for layer in self.layers.values():
             layer.__class__ = _probed(type(layer))  # type: ignore[assignment, arg-type]
-            extend(layer)
         self._extension = LayerDataExtension({type(layer) for layer in self.layers.values()})
 
     @classmethod
@@ -108,9 +108,11 @@ class Twin:
             CalledTwiceError: if a layer is used more than once.
         """
         # Fused attention has no second derivative, the plain one does.
-        with self._left_clean(), BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with self._left_clean(), BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), ExitStack() as hooks:
             wanted = {name: layer for name, layer in self.layers.items() if only is None or name in only}
             for layer in wanted.values():
+                hooks.enter_context(layer.register_forward_hook(hook_store_io))
+                hooks.enter_context(layer.register_full_backward_hook(hook_run_extensions))
                 vars(layer)["_is_read"] = True
             output, losses = self.run(args, kwargs, loss, conditions)
             targets = [probe for layer in wanted.values() for probe in vars(layer).get("_probes", ())]
@@ -120,12 +122,24 @@ class Twin:
         return {name: replace(data, examples=examples) for name, data in found.items() if data is not None}
 
     def output(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions = contextlib.nullcontext
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        conditions: Conditions = contextlib.nullcontext,
+        *,
+        graph: bool = False,
     ) -> Any:
-        """Run the twin on a batch, all arguments as for :meth:`read`, and return its output, without a graph."""
+        """Run the twin on a batch, all arguments as for :meth:`read`, and return its output, without a graph.
+
+        Args:
+            args: Positional arguments of the model's forward.
+            kwargs: Keyword arguments of it.
+            conditions: Makes the context, of randomness and precision, that the forward pass runs in.
+            graph: Whether there is one while it runs, without which some models compute something else.
+        """
         with self._left_clean(), BACKPACK:
-            output, _ = self.run(args, kwargs, lambda _: torch.zeros(()), conditions, graph=False)
-        return output
+            output, _ = self.run(args, kwargs, lambda _: torch.zeros(()), conditions, graph=graph)
+        return map_tensors(Tensor.detach, output)
 
     def run(
         self,
@@ -226,12 +240,12 @@ def quiet_hooks() -> Iterator[None]:
 class _Probe(nn.Module):
     """Notes the input before BackPACK's hook wraps it, and hands on an output that may be changed in place.
 
-    A layer that is not read goes without the hooks.
+    A layer that is not read has no hooks but those that compute its weight, as torch's weight_norm has them.
     """
 
     def __call__(self, input: Tensor) -> Tensor:  # named as in Linear and Conv2d
         if "_is_read" not in vars(self):
-            unread: Tensor = self.forward(input)
+            unread: Tensor = super().__call__(input)
             return unread
         if "_probes" in vars(self):
             raise CalledTwiceError(self)
@@ -331,17 +345,18 @@ def _matches(name: str, module: nn.Module, choice: str | type[nn.Module]) -> boo
 def _fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
     """Identity of modules, identity and shape of parameters; kind of buffers, whose values are copied anyway."""
     modules = list(model.modules())
+    held = [model, *(m for module in modules for m in module._modules.values() if m is not None)]  # by several names
     parameters = [p for module in modules for p in module._parameters.values() if p is not None]
     buffers = [b for module in modules for b in module._buffers.values() if b is not None]
     return [
         *((id(p), p.shape, p.device, p.dtype) for p in parameters),
         *((b.shape, b.device, b.dtype) for b in buffers),
-        *((id(module), type(module)) for module in modules),
+        *((id(module), type(module)) for module in held),
     ]
 
 
 # What Module.compile() makes is among it, which runs the original.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"} | {"_compiled_call_impl"}
 
 
 def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
@@ -367,13 +382,13 @@ def _is_collection(value: Any) -> bool:
         value = list(value.values())
     if not isinstance(value, (list, tuple)):
         return False
-    return all(item is None or _is_data(item) or _is_setting(item) or _is_collection(item) for item in value)
+    return all(_is_data(item) or _is_setting(item) or _is_collection(item) for item in value)
 
 
 def _is_setting(value: Any) -> bool:
-    """Tell whether an attribute is plain: a number, a word, a function, or a tuple of these."""
+    """Tell whether an attribute is plain: None, a number, a word, a function, or a tuple of these."""
     if isinstance(value, tuple):
         return all(_is_setting(item) for item in value)
     if isinstance(value, types.FunctionType):
         return value.__closure__ is None and value.__defaults__ is None  # else it may hold modules of the original
-    return type(value) in (bool, int, float, str, types.BuiltinFunctionType)
+    return type(value) in (types.NoneType, bool, int, float, str, types.BuiltinFunctionType)

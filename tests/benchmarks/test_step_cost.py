@@ -72,3 +72,20 @@ def test_peak_memory_counts_what_the_optimizer_adds() -> None:
     parameters = 4 * (784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10) / 2**20
     assert 3 * parameters < bare < 4 * parameters  # weights, gradients, momentum
     assert exact > bare + 4 * 784**2 / 2**20  # a factor of its first layer
+
+
+def test_peak_memory_between_refreshes_is_that_of_the_gradient_kept() -> None:
+    """The first step of each row, which is a refresh, does not count."""
+    options = step_cost.parse(["--batch-size", "8", "--models", "mlp"])
+    bare, between, survey = (
+        step_cost.peak_memory("mlp", row, options) for row in (step_cost.BARE, step_cost.BETWEEN, "survey, full batch")
+    )
+    parameters = 4 * (784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10) / 2**20
+    assert between - bare == pytest.approx(parameters, rel=0.02)
+    assert survey > between + 0.1 * parameters
+
+
+def test_widths_and_batch_sizes_are_not_measured_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        step_cost.parse(["--widths", "4", "--batch-sizes", "4"])
+    assert "not allowed with" in capsys.readouterr().err

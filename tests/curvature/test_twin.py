@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from kfac_flat import FlatKFAC
 from kfac_flat.curvature.tracker import RadiusTracker
@@ -323,6 +323,83 @@ def test_layers_with_a_computed_weight_are_read_or_reported(
     reference.assert_gradients_close(reference.in_order(seen.parameters, model.parameters()), list(gradient))
 
 
+# torch warns of its older weight_norm, which many models still have.
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "constrain", [weight_norm, spectral_norm, lambda layer: prune.random_unstructured(layer, "weight", amount=0.3)]
+)
+def test_layers_that_are_not_read_compute_their_weight_as_they_do_when_read(
+    constrain: Callable[[nn.Module], nn.Module],
+) -> None:
+    """By hooks, without which the parameters behind the weight would have no gradient."""
+    x, y = batch(8, 4)
+    found = []
+    for survey in (True, False):
+        model = mlp()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            constrain(model[0])
+        model[4].weight.data.mul_(0.3)
+        model(x)
+        follower = RadiusTracker(model, ["0", "2", "4"], reduction="max", exact=True, seed=0)
+        parameters = list(model.parameters())
+        follower.gradient((x,), {}, cross_entropy_sum(y), parameters)
+        seen = follower.gradient((x,), {}, cross_entropy_sum(y), parameters, survey=survey)
+        assert not seen.input_masks.keys() & {"0"}, "rho is to be that of another layer"
+        found.append([seen.parameters[p] for p in parameters])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(gradient.any() for gradient in found[0])
+
+
+class Doubling(nn.Linear):
+    """Linear by its forward, and more than that by how it is called."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        doubled: Tensor = 2 * super().__call__(input)
+        return doubled
+
+
+def test_layers_that_are_not_read_are_called_as_their_class_says() -> None:
+    model = seeded(lambda: nn.Sequential(Doubling(4, 5), nn.Tanh(), nn.Linear(5, 3)))
+    x, _ = batch(6, 4)
+    assert torch.equal(Twin(model, ["0", "2"]).output((x,), {}), model(x))
+
+
+class AttentionAside(nn.Module):
+    """Holds attention that this batch does not pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def test_attention_that_takes_no_part_is_no_part_of_rho() -> None:
+    model = seeded(AttentionAside)
+    optimizer, criterion = exact(model)
+    x, y = batch(6, 4)
+    assert measured(optimizer, criterion, model, x, y).keys() == {"head"}
+
+
+@pytest.mark.parametrize("only", [None, ["0"], ["4"]])
+def test_a_pass_that_fails_leaves_nothing_on_the_twin(only: list[str] | None) -> None:
+    model = mlp()
+    twin = Twin(model, ["0", "2", "4"])
+    x, y = batch(6, 4)
+    twin.read((x,), {}, cross_entropy_sum(y), create_graph=False)
+    before = {name: (vars(layer).keys(), len(layer._forward_hooks)) for name, layer in twin.layers.items()}
+
+    def fails(output: Tensor) -> Tensor:
+        raise KeyError("no such loss")
+
+    with pytest.raises(KeyError, match="no such loss"):
+        twin.read((x,), {}, fails, create_graph=True, only=only)
+    assert before == {name: (vars(layer).keys(), len(layer._forward_hooks)) for name, layer in twin.layers.items()}
+    assert twin.read((x,), {}, cross_entropy_sum(y), create_graph=False, only=only).keys() == set(only or twin.layers)
+
+
 @pytest.mark.parametrize("frozen", ["0", "2", "4"])
 def test_a_layer_with_a_frozen_weight_has_no_block_and_the_others_are_right(frozen: str) -> None:
     model = mlp()
@@ -440,6 +517,40 @@ def test_the_twin_follows_a_replaced_layer() -> None:
     after = measured(optimizer, criterion, model, x, y)
     assert expected_radii(model, x, y) == after
     assert expected_radii(model, x, y) != before
+
+
+class Switched(nn.Module):
+    """One of its heads, under a second name, and a factor that may be none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+        self.head = self.heads[0]
+        self.factor: float | None = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) if self.factor is None else self.factor * self.head(x)
+
+
+def test_the_twin_follows_a_second_name_given_to_another_module() -> None:
+    model = seeded(Switched)
+    optimizer, criterion = exact(model)
+    x, y = batch(6, 4)
+    assert measured(optimizer, criterion, model, x, y).keys() == {"heads.0"}
+    model.head = model.heads[1]
+    assert expected_radii(model, x, y) == measured(optimizer, criterion, model, x, y)
+    assert optimizer.radii().keys() == {"heads.1"}
+
+
+def test_the_twin_follows_a_setting_that_becomes_none() -> None:
+    model = seeded(Switched)
+    optimizer, criterion = exact(model)
+    x, y = batch(6, 4)
+    before = measured(optimizer, criterion, model, x, y)
+    for factor in (None, 3.0, None):
+        model.factor = factor
+        assert expected_radii(model, x, y) == measured(optimizer, criterion, model, x, y)
+        assert optimizer.radii() != before
 
 
 def test_the_twin_follows_replaced_parameters_and_dtype() -> None:

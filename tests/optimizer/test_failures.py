@@ -211,6 +211,16 @@ def test_layers_behind_which_something_is_differentiable_once_are_named_and_the_
     assert_gradients_close(seen, times(0.3, gradient))
 
 
+@pytest.mark.parametrize("kind", [Fused, Distances])
+def test_the_step_that_finds_a_layer_without_second_derivative_has_the_penalty_of_the_others(kind: Any) -> None:
+    model, (x, y) = seeded(kind), batch(8, 4)
+    optimizer = plain(model, mu=0.3, reduction="sum")
+    found, again = (penalty(model, optimizer, x, y) for _ in range(2))
+    assert optimizer.skipped_layers
+    assert any(gradient.any() for gradient in found)
+    assert_gradients_close(found, again)
+
+
 def test_where_no_layer_is_left_the_error_names_them_all() -> None:
     model = seeded(Fused)
     optimizer = plain(model, mu=0.3, reduction="sum", layers=["first", "second"])
@@ -319,6 +329,53 @@ def test_outputs_of_other_settings_than_those_of_the_step_are_not_compared() -> 
         optimizer.step()
         assert looked_at.requires_grad
         assert optimizer.rho > 0
+
+
+class Forces(nn.Module):
+    """Differentiates in its forward pass, which takes gradients to be on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stiffness, self.head = nn.Parameter(torch.ones(4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = x.detach().requires_grad_()
+        energy = (self.stiffness * at.square()).square().sum()
+        (force,) = torch.autograd.grad(energy, at, create_graph=True)
+        return self.head(force)
+
+
+class Quieter(nn.Module):
+    """Computes something else where nobody asks for gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.net(x)
+        return output if torch.is_grad_enabled() else 0.5 * output
+
+
+class Padded(nn.Module):
+    """torch's encoder, which takes other ways in eval mode without gradients, and warns of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sequences = x.unsqueeze(1).expand(-1, 5, -1)
+        padding = (torch.arange(5) > 2).expand(len(x), -1)
+        return self.head(self.encoder(sequences, src_key_padding_mask=padding)[:, 0])
+
+
+@pytest.mark.parametrize("kind", [Forces, Quieter, lambda: Padded().eval()])
+def test_models_that_do_otherwise_without_gradients_are_compared_as_they_train(kind: Any) -> None:
+    model = seeded(kind)
+    optimizer = plain(model, mu=0.3)
+    assert any(gradient.any() for gradient in penalty(model, optimizer, *batch(8, 4)))
 
 
 def test_hooks_that_only_look_are_no_reason_to_warn() -> None:
