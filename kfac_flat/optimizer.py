@@ -331,13 +331,13 @@ class FlatKFAC(OptimizerWrapper):
             _warn_of_memory(error, call.batch_size, self._options.batch_fraction)
             return
         self._forget_calls()
-        self._take_over(gradient)
+        self._take_over(gradient, scaled=self._scales_early(call))
 
-    def _take_over(self, gradient: RadiusGradient) -> None:
-        """Take over the penalty's gradient; all of it is zero where any of it is not finite."""
+    def _take_over(self, gradient: RadiusGradient, *, scaled: bool) -> None:
+        """Take over the penalty's gradient, from that of rho unless scaled; zero where any of it is not finite."""
         weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
         found = gradient.parameters
-        if not self._has_one_weight():  # taken out one by one: there are never two copies of all
+        if not scaled:  # taken out one by one: there are never two copies of all
             found = {p: weights[p] * found.pop(p) for p in list(found)}
         self._penalty_norm = get_total_norm(list(found.values())).to(gradient.rho.device)
         finite = self._penalty_norm.isfinite()
@@ -388,15 +388,18 @@ class FlatKFAC(OptimizerWrapper):
             without = math.inf
         return difference(graph=True) if without > _DIFFERENT else without
 
-    def _has_one_weight(self) -> bool:
-        """Tell whether the gradient of rho counts the same for all parameters that have a penalty."""
+    def _scales_early(self, call: RecordedCall) -> bool:
+        """Tell whether the gradient of rho is scaled on its way back, not afterwards.
+
+        It is where it counts the same for all parameters that have a penalty, and no float16 on the way would lose
+        what is small.
+        """
         settings = {(self._setting(group, "mu"), self._setting(group, "rho_max")) for group in self.param_groups}
-        return len({(mu, rho_max) for mu, rho_max in settings if mu}) == 1
+        in_half = call.autocast["enabled"] and call.autocast["dtype"] == torch.float16
+        return len({(mu, rho_max) for mu, rho_max in settings if mu}) == 1 and not in_half
 
     def _scale(self, rho: Tensor) -> Tensor:
-        """Return what the gradient of rho counts for all parameters, 1 where that differs between them."""
-        if not self._has_one_weight():
-            return torch.ones_like(rho)
+        """Return what the gradient of rho counts for all parameters that have a penalty."""
         return next(self._weight(group, rho) for group in self.param_groups if self._setting(group, "mu"))
 
     def _weights(self, rho: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -452,7 +455,13 @@ class FlatKFAC(OptimizerWrapper):
         # After a pause, what is known of the layers may be long out of date.
         survey = self._penalty is None or refresh % self._options.survey_every == 0
         return self._tracker.gradient(
-            args, kwargs, checked_loss, parameters, call.conditions, survey=survey, scale=self._scale
+            args,
+            kwargs,
+            checked_loss,
+            parameters,
+            call.conditions,
+            survey=survey,
+            scale=self._scale if self._scales_early(call) else torch.ones_like,
         )
 
     def _count_skipped(self, finite: Tensor) -> None:

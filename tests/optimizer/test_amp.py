@@ -131,6 +131,20 @@ def test_a_model_in_half_precision_has_a_penalty_in_half_precision(dtype: torch.
     assert_gradients_close([d.double() for d in seen], times(0.3, gradient), tolerance=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_mu_is_not_lost_in_half_precision(dtype: torch.dtype) -> None:
+    added = []
+    for mu in (1e-6, 1.0):
+        model, (x, y) = mlp(dtype=torch.float32), batch(8, 4, dtype=torch.float32)
+        optimizer = plain(model, mu=mu, reduction="sum")
+        with torch.autocast("cpu", dtype=dtype):
+            criterion_of(optimizer)(model(x), y).backward()
+        optimizer.step()
+        added.append([g / mu for g in optimizer.penalty_gradients().values()])
+    assert norm(added[1]) > 0
+    assert_gradients_close(added[0], added[1], tolerance=0.01)
+
+
 def test_gradients_clipped_after_unscaling_are_those_of_the_loss() -> None:
     """The order that torch's notes give: unscale, clip, step; the penalty comes on top, within its own bound."""
     model, (x, y) = mlp(dtype=torch.float32), batch(8, 4, dtype=torch.float32)
