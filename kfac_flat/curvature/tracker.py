@@ -27,7 +27,7 @@ from kfac_flat.curvature.radius import (
     product_rule,
     top_eigenvectors,
 )
-from kfac_flat.curvature.twin import BACKPACK, CalledTwiceError, Conditions, Twin, layer_shape, quiet_hooks
+from kfac_flat.curvature.twin import BACKPACK, Conditions, Twin, UnreadableError, layer_shape, quiet_hooks
 from kfac_flat.structure import Kept
 
 # Power steps on the very first batch, from random vectors; afterwards one per batch tracks the moving eigenvectors.
@@ -354,7 +354,7 @@ class RadiusTracker:
         twin = self._current_twin()
         try:
             seen = twin.read(args, kwargs, loss, create_graph=create_graph, only=only, conditions=conditions)
-        except CalledTwiceError as error:
+        except UnreadableError as error:
             names = [name for name, layer in twin.layers.items() if layer is error.layer]
             self._leave_out(names, str(error))
             return self._read(args, kwargs, loss, conditions, create_graph=create_graph)

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 
 import torch
 from backpack import backpack, hook_run_extensions, hook_store_io
+from backpack.context import CTX
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
@@ -39,11 +40,16 @@ BACKPACK = threading.RLock()
 Conditions: TypeAlias = Callable[[], contextlib.AbstractContextManager[None]]
 
 
-class CalledTwiceError(RuntimeError):
-    """A layer was used more than once in one forward pass, so it has no single input and output gradient."""
+class UnreadableError(RuntimeError):
+    """A layer has no single input and output gradient in this forward pass.
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__("called more than once in one forward pass")
+    Args:
+        layer: The layer.
+        reason: Why not.
+    """
+
+    def __init__(self, layer: nn.Module, reason: str) -> None:
+        super().__init__(reason)
         self.layer = layer
 
 
@@ -105,14 +111,14 @@ class Twin:
             The data of each layer that took part, by name.
 
         Raises:
-            CalledTwiceError: if a layer is used more than once.
+            UnreadableError: if a layer is used more than once.
         """
         # Fused attention has no second derivative, the plain one does.
         with self._left_clean(), BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), ExitStack() as hooks:
             wanted = {name: layer for name, layer in self.layers.items() if only is None or name in only}
             for layer in wanted.values():
                 hooks.enter_context(layer.register_forward_hook(hook_store_io))
-                hooks.enter_context(layer.register_full_backward_hook(hook_run_extensions))
+                hooks.enter_context(layer.register_full_backward_hook(_run_extensions))
                 vars(layer)["_is_read"] = True
             output, losses = self.run(args, kwargs, loss, conditions)
             targets = [probe for layer in wanted.values() for probe in vars(layer).get("_probes", ())]
@@ -237,6 +243,14 @@ def quiet_hooks() -> Iterator[None]:
         yield
 
 
+def _run_extensions(layer: nn.Module, g_inp: Any, g_out: Any) -> None:
+    """Read a layer as the backward pass comes by; when it is differentiated again, nothing is read."""
+    if CTX.get_active_exts():
+        hook_run_extensions(layer, g_inp, g_out)
+    elif "_is_read" in vars(layer):  # the forward pass goes on
+        raise UnreadableError(layer, "differentiated within the forward pass")
+
+
 class _Probe(nn.Module):
     """Notes the input before BackPACK's hook wraps it, and hands on an output that may be changed in place.
 
@@ -248,7 +262,7 @@ class _Probe(nn.Module):
             unread: Tensor = super().__call__(input)
             return unread
         if "_probes" in vars(self):
-            raise CalledTwiceError(self)
+            raise UnreadableError(self, "called more than once in one forward pass")
         # The gradient of the input flows past BackPACK's hook; where the input needs none, that of a parameter does.
         candidates = (input, *self.parameters(), *(t for t in vars(self).values() if isinstance(t, Tensor)))
         vars(self)["_probes"] = [t for t in candidates if t.requires_grad][:1]

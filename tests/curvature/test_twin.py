@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from kfac_flat import FlatKFAC
 from kfac_flat.curvature.tracker import RadiusTracker
-from kfac_flat.curvature.twin import CalledTwiceError, Twin, layer_names
+from kfac_flat.curvature.twin import Twin, UnreadableError, layer_names
 from tests import reference
 from tests.reference import Residual, batch, cross_entropy_sum, mlp, seeded
 
@@ -603,7 +603,7 @@ def test_a_layer_called_twice_is_reported_and_the_others_are_right() -> None:
 def test_twin_says_which_layer_is_called_twice() -> None:
     model = seeded(Shared)
     twin = Twin(model, layer_names(model))
-    with pytest.raises(CalledTwiceError) as error:
+    with pytest.raises(UnreadableError) as error:
         twin.read((batch(6, 4)[0],), {}, torch.sum, create_graph=False)
     assert error.value.layer is twin.layers["twice"]
 

@@ -84,3 +84,34 @@ def test_the_whole_model_called_twice_for_one_loss_is_one_batch() -> None:
     own = gradients(model)
     optimizer.step()
     assert_gradients_close([g - o for g, o in zip(gradients(model), own, strict=True)], times(0.3, gradient))
+
+
+class Force(nn.Module):
+    """Features are the derivative of an energy, as in models of molecules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.energy, self.head = nn.Linear(4, 6), nn.Linear(6, 1, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        energy = self.energy(torch.tanh(self.first(x))).sum()
+        (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return self.head(force)
+
+
+def test_layers_that_the_model_itself_differentiates_are_named_and_the_others_read() -> None:
+    model = Force()
+    optimizer = FlatKFAC(SGD(model.parameters(), lr=0.01), model, every=1, survey_every=1)
+    step(model, optimizer)
+    step(model, optimizer)
+    assert set(optimizer.radii()) == {"head"}
+    assert set(optimizer.skipped_layers) == {"first", "energy"}
+    assert all("within the forward pass" in reason for reason in optimizer.skipped_layers.values())
+
+
+def test_what_is_in_front_of_a_derivative_gets_the_penalty_of_what_is_behind() -> None:
+    model, (x, y) = seeded(Force).double(), batch(8, 4)
+    optimizer = plain(model, mu=0.3, layers=["head"])
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x, names=["head"])
+    assert_gradients_close(penalty(model, optimizer, x, y), times(0.3, gradient))
