@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfac_flat.curvature.likelihood import Likelihood, resolve
 from kfac_flat.curvature.radius import LayerData
-from kfac_flat.curvature.twin import CalledTwiceError, Twin
+from kfac_flat.curvature.twin import UnreadableError, Twin
 from kfac_flat.nested import batch_size, map_tensors
 from kfac_flat.structure import structural_copy
 
@@ -73,7 +73,7 @@ def fisher_statistics(
             try:
                 with torch.random.fork_rng(devices=[]):
                     seen = twin.read((x,), {}, loss, create_graph=False)
-            except CalledTwiceError as error:  # before any label has been drawn
+            except UnreadableError as error:  # before any label has been drawn
                 twice = [name for name, layer in twin.layers.items() if layer is error.layer]
                 unread |= dict.fromkeys(twice, str(error))
                 names = [name for name in names if name not in twice]
