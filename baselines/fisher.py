@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kfac_flat.curvature.likelihood import Likelihood, resolve
 from kfac_flat.curvature.radius import LayerData
-from kfac_flat.curvature.twin import UnreadableError, Twin
+from kfac_flat.curvature.twin import Twin, UnreadableError
 from kfac_flat.nested import batch_size, map_tensors
 from kfac_flat.structure import structural_copy
 
