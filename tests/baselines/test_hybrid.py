@@ -62,7 +62,7 @@ def made(kind: Any, penalty: bool = True, **options: Any) -> tuple[nn.Module, Op
     model = network()
     optimizer: Optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
     if penalty:
-        optimizer = FlatKFAC(optimizer, model, mu=0.1)
+        optimizer = FlatKFAC(optimizer, model, mu=0.1, batch_fraction=0.5)
     schedule: dict[str, Any] = {"target": 0.8, "start": 1, "every": 1, "events": 4, "pace": "linear"}
     return model, optimizer, kind(model, optimizer, torch.zeros(1, 4).double(), **schedule, **options)
 
