@@ -138,7 +138,7 @@ class HessianTracker:
         conditions: Conditions = contextlib.nullcontext,
         *,
         survey: bool = True,
-        scale: Scale = torch.ones_like,
+        scale: Scale | None = None,
     ) -> RadiusGradient:
         """Differentiate rho on a batch, bringing the eigenvector up to date on the way.
 
@@ -149,7 +149,7 @@ class HessianTracker:
             parameters: With respect to which the Hessian is taken, and its radius differentiated.
             conditions: Makes the context, of randomness and precision, that the forward pass runs in.
             survey: Means nothing here, where there are no layers to choose from.
-            scale: What the gradient is multiplied by, given rho.
+            scale: What the gradient is multiplied by, given rho; None for 1.
         """
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
             self._twin = Twin.current(self._twin, self._model, [])
@@ -160,10 +160,11 @@ class HessianTracker:
         sign, rho = quotient.detach().sign(), quotient.detach().abs()
         found: tuple[Tensor | None, ...] = ()
         if quotient.requires_grad:
-            found = torch.autograd.grad(quotient, parameters, sign * scale(rho), allow_unused=True)
+            outer = sign if scale is None else sign * scale(rho)
+            found = torch.autograd.grad(quotient, parameters, outer, allow_unused=True)
         self.eigenvectors, self.radii = dict(zip(parameters, v, strict=True)), {"": rho}
         gradients = {p: g for p, g in zip(parameters, found, strict=False) if g is not None}
-        return RadiusGradient(rho, gradients, self._input_masks(rho))
+        return RadiusGradient(rho, gradients, self._input_masks(rho), scale is not None)
 
     def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions, *, graph: bool) -> Any:
         """Return what the copy of the model that is differentiated gives."""

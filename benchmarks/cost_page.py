@@ -65,7 +65,7 @@ def lines(found: Mapping[str, Mapping[str, Any]], pictures: Path) -> Iterator[st
     yield from PREFACE.splitlines()
     for name, measured in found.items():
         results = measured["results"]
-        yield from ("", f"## {title(measured)}", "", *rows(results))
+        yield from ("", f"## {title(measured)}", "", *table(["", *results], rows(results)))
         axis = swept(results)
         if axis:
             picture = pictures / f"{name}.png"
@@ -90,12 +90,11 @@ def swept(results: Mapping[str, Mapping[str, Any]]) -> str:
     return axes[0] if axes else ""
 
 
-def rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """Write the table, a column for each network."""
-    names = dict.fromkeys(row for result in results.values() for row in result["time"])
-    cells = ([row, *(cell(result, row) for result in results.values())] for row in names)
-    seconds = ["seconds of a bare step", *(f"{result['seconds']:.3g}" for result in results.values())]
-    return table(["", *results], [*cells, seconds])
+def rows(results: Mapping[str, Mapping[str, Any]]) -> Iterator[list[str]]:
+    """Write what is told of each row, then the seconds of a bare step, a cell for each network."""
+    for row in dict.fromkeys(row for result in results.values() for row in result["time"]):
+        yield [row, *(cell(result, row) for result in results.values())]
+    yield ["seconds of a bare step", *(f"{result['seconds']:.3g}" for result in results.values())]
 
 
 def cell(result: Mapping[str, Any], row: str) -> str:

@@ -275,14 +275,8 @@ def cost_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     table.add_column("")
     for name in found:
         table.add_column(name, justify="right")
-    for row in dict.fromkeys(row for result in found.values() for row in result["time"]):
-        cells = []
-        for result in found.values():
-            memory = result["memory"].get(row)
-            time_ = result["time"].get(row)
-            cells.append("" if time_ is None else f"{time_:.2f}" + ("" if memory is None else f" ({memory:.2f})"))
-        table.add_row(row, *cells)
-    table.add_row("seconds of a bare step", *(f"{result['seconds']:.3f}" for result in found.values()))
+    for cells in cost_page.rows(found):
+        table.add_row(*cells)
     return table
 
 

@@ -331,13 +331,13 @@ class FlatKFAC(OptimizerWrapper):
             _warn_of_memory(error, call.batch_size, self._options.batch_fraction)
             return
         self._forget_calls()
-        self._take_over(gradient, scaled=self._scales_early(call))
+        self._take_over(gradient)
 
-    def _take_over(self, gradient: RadiusGradient, *, scaled: bool) -> None:
+    def _take_over(self, gradient: RadiusGradient) -> None:
         """Take over the penalty's gradient, from that of rho unless scaled; zero where any of it is not finite."""
         weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
         found = gradient.parameters
-        if not scaled:  # taken out one by one: there are never two copies of all
+        if not gradient.scaled:  # taken out one by one: there are never two copies of all
             found = {p: weights[p] * found.pop(p) for p in list(found)}
         self._penalty_norm = get_total_norm(list(found.values())).to(gradient.rho.device)
         finite = self._penalty_norm.isfinite()
@@ -461,7 +461,7 @@ class FlatKFAC(OptimizerWrapper):
             parameters,
             call.conditions,
             survey=survey,
-            scale=self._scale if self._scales_early(call) else torch.ones_like,
+            scale=self._scale if self._scales_early(call) else None,
         )
 
     def _count_skipped(self, finite: Tensor) -> None:

@@ -58,13 +58,15 @@ class RadiusGradient:
 
     Attributes:
         rho: A scalar without a graph.
-        parameters: d rho / d p times the scale asked for, by parameter, for those that rho depends on.
+        parameters: d rho / d p by parameter, for those that rho depends on; scaled if that was asked for.
         input_masks: For each layer that rho depends on, by name, d rho / d m through its A, ``[C_in]``.
+        scaled: Whether the gradients at the parameters have been multiplied with a scale.
     """
 
     rho: Tensor
     parameters: dict[nn.Parameter, Tensor]
     input_masks: dict[str, Tensor]
+    scaled: bool
 
 
 class Tracker(Protocol):
@@ -90,7 +92,7 @@ class Tracker(Protocol):
         conditions: Conditions,
         *,
         survey: bool,
-        scale: Scale,
+        scale: Scale | None,
     ) -> RadiusGradient:
         """Differentiate rho on a batch; ``survey`` asks to look at all that it may depend on."""
 
@@ -214,7 +216,7 @@ class RadiusTracker:
         conditions: Conditions = contextlib.nullcontext,
         *,
         survey: bool = True,
-        scale: Scale = torch.ones_like,
+        scale: Scale | None = None,
     ) -> RadiusGradient:
         """Differentiate rho on a batch, bringing eigenvectors and radii up to date on the way.
 
@@ -227,7 +229,7 @@ class RadiusTracker:
             conditions: Makes the context, of randomness and precision, that each forward pass runs in.
             survey: Whether to read all layers, as happens anyway where some are not known or have been cut. If not,
                 only those that rho is known to depend on are read, which costs less the closer they are to the loss.
-            scale: What the gradient at the parameters is multiplied by, given rho.
+            scale: What the gradient at the parameters is multiplied by, given rho; None for 1.
 
         Raises:
             RuntimeError: if the loss depends on none of the layers.
@@ -252,7 +254,7 @@ class RadiusTracker:
         radii = {name: of_A * of_G for name, (of_A, of_G) in at.items()}
         total = torch.stack([radii[name].max() for name in active]).sum()
         try:
-            gradients = _differentiate(rho, parameters, scale(total))
+            gradients = _differentiate(rho, parameters, None if scale is None else scale(total))
         except RuntimeError as error:
             if not _tells_of_no_derivative(error):
                 raise
@@ -265,7 +267,7 @@ class RadiusTracker:
         self._publish(vectors, {name: of_groups.max() for name, of_groups in radii.items()}, all_layers=survey)
         masks = {name: input_mask_gradient(seen[name].layer, radii[name], vectors[name]) for name in active}
         averaged = self._average(list(gradients.values()), _examples(seen))
-        return RadiusGradient(total, dict(zip(gradients, averaged, strict=True)), masks)
+        return RadiusGradient(total, dict(zip(gradients, averaged, strict=True)), masks, scale is not None)
 
     def output(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], conditions: Conditions, *, graph: bool) -> Any:
         """Return what the copy of the model that is read gives, to be compared with what the model gave."""

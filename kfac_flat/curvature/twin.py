@@ -111,7 +111,7 @@ class Twin:
             The data of each layer that took part, by name.
 
         Raises:
-            UnreadableError: if a layer is used more than once.
+            UnreadableError: if a layer is used more than once, or differentiated within the forward pass.
         """
         # Fused attention has no second derivative, the plain one does.
         with self._left_clean(), BACKPACK, torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), ExitStack() as hooks:
