@@ -6,11 +6,11 @@ reads gradients as they are stepped on and asks the optimizer what is to be coun
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from kfac_flat import FlatKFAC
-from kfac_flat.pruning import layers
-from kfac_flat.pruning.saliency import input_mask_gradient
 
 
 class PenaltyInThetaOnly(FlatKFAC):
@@ -30,15 +30,12 @@ class PenaltyInThetaOnly(FlatKFAC):
         True
     """
 
-    def _apply(self, penalty: dict[nn.Parameter, Tensor]) -> None:
+    def _add(self, penalty: Mapping[nn.Parameter, Tensor], factor: Tensor) -> None:
         """Add nothing."""
 
     def input_mask_gradients(self) -> dict[nn.Parameter, Tensor]:
         """Gradient of the penalty at masks on layers' inputs, ``[C_in]``, by the layer's weight."""
-        terms = _through_weights(self)
-        for weight, direct in super().input_mask_gradients().items():
-            terms[weight] = direct + terms.get(weight, 0.0)
-        return terms
+        return self._at_masks(1, 1)
 
 
 class PenaltyInTrainingOnly(FlatKFAC):
@@ -57,12 +54,4 @@ class PenaltyInTrainingOnly(FlatKFAC):
 
     def input_mask_gradients(self) -> dict[nn.Parameter, Tensor]:
         """What takes the penalty out of the gradients again, at masks on layers' inputs, ``[C_in]``, by weight."""
-        return {weight: -term for weight, term in _through_weights(self).items()}
-
-
-def _through_weights(optimizer: FlatKFAC) -> dict[nn.Parameter, Tensor]:
-    """Return the part of the penalty's gradient at the masks that goes through the layers' weights, by weight."""
-    penalty = optimizer.penalty_gradients()
-    producers = [m for m in optimizer.model.modules() if layers.is_producer(m)]
-    weights = {layers.weight_of(layer): layer for layer in producers}
-    return {w: input_mask_gradient(layer, penalty[w]) for w, layer in weights.items() if w in penalty}
+        return self._at_masks(0, -self._held)

@@ -21,9 +21,11 @@ Written by `python -m benchmarks.step_cost --report` from the files that `python
 - A number is the time of a step relative to one of bare SGD on the same batch, the median over rounds in which each row
   makes one step in turn; in brackets the peak of all tensors alive at once, relative to bare SGD's. A process may grow
   by more: what its allocator cannot use again comes on top.
-- FlatKFAC's steps are of three kinds: between refreshes the gradient kept is added; a *refresh* reads the layer that
+- FlatKFAC's steps are of three kinds: those between refreshes are bare SGD's; a *refresh* reads the layer that
   attains the maximum and differentiates its radius; a *survey* is a refresh that looks at all layers. What a schedule
   costs per step follows from these, what it takes of memory is the most that any of them does.
+- *eigenpairs of all layers* is a bare step and what one power step of a survey takes, without the pass over the batch
+  that reads the layers.
 - *default* is the schedule that FlatKFAC has by default, named below the table. *every=1, full batch* refreshes at
   every step on all of the batch. Unless it says otherwise, every fourth refresh is a survey, and a quarter of the batch
   is read.
@@ -45,7 +47,7 @@ Not measured yet. These commands will:
 The first proves that `step()` never waits for the device (`torch.cuda.set_sync_debug_mode("error")`); the last but one
 talks over NCCL where each process has a GPU of its own.
 """
-CURVES = ("default", "every=4", "every=16", "every=1, full batch", "SAM")
+CURVES = ("default", "every=4", "every=16", "every=1, quarter batch", "every=1, full batch", "SAM")
 
 
 def read_all(folder: Path) -> dict[str, dict[str, Any]]:

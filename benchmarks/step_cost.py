@@ -3,7 +3,8 @@
 Every row trains the same network on the same batch with an optimizer of its own, one step of each in turn, so that
 whatever else the machine does meets all of them; the ratio to the bare step is taken round by round, and its median
 told. FlatKFAC's steps are of three kinds, each a row: between refreshes, a refresh that reads the layer which attains
-the maximum, and one that surveys all layers. What a schedule costs per step follows from these. Beside them stand SAM,
+the maximum, and one that surveys all layers. What a schedule costs per step follows from these. Of a survey, the part
+that brings the eigenpairs up to date has a row of its own, on top of a bare step. Beside them stand SAM,
 the Hessian's spectral radius by ten products with it, and BackPACK's own Kronecker factors with their decompositions,
 which know of few kinds of layers. Peak memory is that of all tensors alive at once.
 
@@ -48,6 +49,8 @@ from examples.digits import whole
 from examples.torchvision_models import models
 from kfac_flat import FlatKFAC
 from kfac_flat.curvature.layers import input_dim, is_layer
+from kfac_flat.curvature.radius import Eigenvectors, LayerData
+from kfac_flat.curvature.tracker import RadiusTracker
 from kfac_flat.curvature.twin import quiet_hooks
 
 Ratios = dict[str, float]
@@ -93,6 +96,7 @@ def flat(**options: Any) -> Make:
 
 
 BARE, BETWEEN = "bare SGD", "between refreshes"
+EIGENPAIRS = "eigenpairs of all layers, full batch"
 EXACT = "exact factors and eigh, full batch"
 LARGEST = 2048  # size of a factor beyond which decomposing it at every step is not waited for
 
@@ -134,9 +138,38 @@ def with_factors(model: nn.Module) -> Optimizer:
     return optimizer
 
 
+class TimedTracker(RadiusTracker):
+    """Tells how long the power steps of the last batch took, on the device as well."""
+
+    seconds = 0.0
+
+    def _next_vectors(self, seen: Mapping[str, LayerData], steps: int) -> dict[str, Eigenvectors]:
+        device = next(self._model.parameters()).device
+        synchronize(device)
+        start = time.perf_counter()
+        vectors = super()._next_vectors(seen, steps)
+        synchronize(device)
+        self.seconds = time.perf_counter() - start
+        return vectors
+
+
+def with_timed_eigenpairs(model: nn.Module) -> Optimizer:
+    """Make FlatKFAC that surveys the whole batch at every step, and times the part that refreshes the eigenpairs."""
+    optimizer = FlatKFAC(sgd(model), model, every=1, survey_every=1, batch_fraction=1.0)
+    optimizer._tracker.__class__ = TimedTracker
+    return optimizer
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all that the device has been told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 ROWS: dict[str, Make] = {
     BARE: sgd,
     BETWEEN: flat(every=NEVER),
+    EIGENPAIRS: with_timed_eigenpairs,
     "refresh, quarter batch": flat(every=1, survey_every=NEVER, batch_fraction=0.25),
     "survey, quarter batch": flat(every=1, survey_every=1, batch_fraction=0.25),
     "refresh, full batch": flat(every=1, survey_every=NEVER, batch_fraction=1.0),
@@ -152,6 +185,7 @@ PEERS = (EXACT, "Hessian, 10 products", "BackPACK's KFAC and eigh")  # which tak
 SCHEDULES = {
     "default": None,
     "every=1, full batch": (1, 4, "full"),
+    "every=1, quarter batch": (1, 4, "quarter"),
     **{f"every={every}": (every, 4, "quarter") for every in (4, 8, 16)},
 }
 
@@ -205,9 +239,18 @@ class Subject:
         """Time one step, on the device as well."""
         start = time.perf_counter()
         self.step()
-        if self.x.is_cuda:
-            torch.cuda.synchronize()
+        synchronize(self.x.device)
         return time.perf_counter() - start
+
+
+class EigenpairsSubject(Subject):
+    """A network of which only the time that the eigenpairs take is told."""
+
+    def seconds(self) -> float:
+        """Time that part of a step."""
+        self.step()
+        seconds: float = self.optimizer._tracker.seconds  # type: ignore[attr-defined]
+        return seconds
 
 
 def time_ratios(
@@ -226,13 +269,16 @@ def time_ratios(
     for name, make in rows.items():
         if name == EXACT and largest > LARGEST:
             continue
-        subject = Subject(copy.deepcopy(model), make, shape, options)
+        kind = EigenpairsSubject if name == EIGENPAIRS else Subject
+        subject = kind(copy.deepcopy(model), make, shape, options)
         with contextlib.suppress(NotImplementedError):  # what BackPACK says of a layer that it does not know
             subject.step()
             subjects[name] = subject
     rounds: list[dict[str, float]] = []
     for number in range(options.repetitions + 1):
         times = {name: subject.seconds() for name, subject in subjects.items()}
+        if EIGENPAIRS in times:  # which the pass that reads the layers is no part of
+            times[EIGENPAIRS] += times[BARE]
         if number:  # the first round is for warming up
             rounds.append(times)
         on_round()
@@ -295,7 +341,7 @@ def measure_networks(options: argparse.Namespace, console: Console) -> tuple[dic
             torch.manual_seed(0)
             seconds, ratios = time_ratios(NETWORKS[name](), rows_of(options), options, advance)
             memory: dict[str, float] = {}
-            for row in ROWS.keys() & ratios.keys() if options.memory else ():
+            for row in ratios.keys() - {EIGENPAIRS} if options.memory else ():
                 memory[row] = peak_memory(name, row, options)
                 advance()
             relative = {row: mebibytes / memory[BARE] for row, mebibytes in memory.items()}

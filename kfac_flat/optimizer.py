@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,8 +20,11 @@ from kfac_flat.averaging import mean_over_processes, processes, rank, world_size
 from kfac_flat.changes import Change, setting
 from kfac_flat.curvature.likelihood import Likelihood, prediction, resolve
 from kfac_flat.curvature.tracker import HostCopy, Join, RadiusGradient, RadiusTracker, Select, Tracker
-from kfac_flat.curvature.twin import layer_names, unread_modules, weight_of
+from kfac_flat.curvature.twin import layer_names, layer_shape, unread_modules, weight_of
 from kfac_flat.nested import largest_difference
+from kfac_flat.pruning.layers import channel_counts, is_producer
+from kfac_flat.pruning.layers import weight_of as reading_weight
+from kfac_flat.pruning.saliency import input_mask_gradient
 from kfac_flat.recorder import CallRecorder, RecordedCall
 from kfac_flat.structure import Kept
 from kfac_flat.wrapper import OptimizerWrapper
@@ -105,8 +108,9 @@ class FlatKFAC(OptimizerWrapper):
        ``survey_every``-th of these refreshes, otherwise of the layer that attains the maximum.
     3. rho of the layer that attained the maximum at the refresh before (so that nothing waits for the device) is
        differentiated with respect to all parameters.
-    4. That gradient, times the penalty's slope where rho exceeds ``rho_max``, is added to ``p.grad``, at this step and
-       at those until the next refresh, so that each step sees loss plus penalty and no step sees a spike.
+    4. That gradient, times the penalty's slope where rho exceeds ``rho_max``, and times the number of steps until the
+       next refresh, is added to ``p.grad``, as far as ``clip`` allows. The steps in between are the wrapped optimizer's
+       own (lazy regularization [Karras et al., arXiv 1912.04958, section 3.1]).
     5. The wrapped optimizer steps.
 
     With ``mu=0`` steps 1 to 4 do not happen and the trajectory is the wrapped optimizer's, bit for bit.
@@ -141,8 +145,9 @@ class FlatKFAC(OptimizerWrapper):
         reduction: ``"max"`` over layers as in the paper, or ``"sum"``.
         layers: Restrict to these layers: names (shell patterns allowed) or classes.
         eigenpairs: ``"streaming"``, or ``"exact"`` to form and decompose the factors at each refresh.
-        clip: Bound on the norm of the penalty's gradient, relative to that of the loss; None for no bound. With
-            ``penalty="linear", every=1, survey_every=1, batch_fraction=1, clip=None`` it is the paper's plain penalty.
+        clip: Bound on the norm of what is added, relative to that of the loss's gradient at this step; None for no
+            bound. With ``penalty="linear", every=1, survey_every=1, batch_fraction=1, clip=None`` it is the paper's
+            plain penalty.
         seed: Of the true Fisher's random signs and the starting vectors. torch's global generators are never touched.
 
     Raises:
@@ -197,13 +202,18 @@ class FlatKFAC(OptimizerWrapper):
             seed=seed,
         )
         super().__init__(optimizer, model)
+        if isinstance(optimizer, torch.optim.LBFGS) and every > 1 and mu != 0:
+            raise ValueError(
+                f"LBFGS compares the gradients of one step's calls of its closure, but with every={every} only some "
+                "of these would have the penalty: give FlatKFAC every=1"
+            )
         self._likelihood = resolve(likelihood)
         self._tracker = self._make_tracker()
         self._steps = 0
-        self._penalty: dict[nn.Parameter, Tensor] | None = None  # its gradient, once computed
-        self._mask_terms: dict[str, Tensor] = {}
-        self._penalty_norm = torch.tensor(0.0)
-        self._factor = torch.tensor(1.0)  # what keeps the penalty within clip at the current step
+        self._paused = True  # whether the next step with a penalty computes it, whenever that is
+        self._mask_terms: dict[str, Tensor] = {}  # the penalty's gradient at masks on layers' inputs, through A
+        self._weight_terms: dict[str, Tensor] = {}  # and through the weights that read them
+        self._held = 0  # how many times p.grad holds the penalty's gradient at this step
         self._whole_batches = False
         self._skipped: Tensor | None = None
         self._skipped_host = HostCopy()
@@ -253,57 +263,41 @@ class FlatKFAC(OptimizerWrapper):
         return dict(self._tracker.skipped)
 
     def input_mask_gradients(self) -> dict[nn.Parameter, Tensor]:
-        """Gradient of the penalty at masks on layers' inputs, through A alone (see :class:`kfac_flat.NeuronPruner`).
+        """Gradient of the penalty at masks on layers' inputs, beyond what ``p.grad`` holds of it at this step.
+
+        Together with weight times ``p.grad``, summed over what reads each input, it is that of loss plus penalty, at
+        every step, whether it computes the penalty's gradient or not (see :class:`kfac_flat.NeuronPruner`).
 
         Returns:
-            For the weight of each layer that the penalty currently acts on, ``[C_in]``.
+            By weight of the layers that the penalty depends on, ``[C_in]``.
         """
-        terms: dict[nn.Parameter, Tensor] = {}
-        for name, term in self._mask_terms.items():
-            weight = weight_of(self._inner, name)
-            if weight is not None:
-                terms[weight] = term * self._factor + terms.get(weight, 0.0)  # layers may share a weight
-        return terms
+        return self._at_masks(1, 1 - self._held)
 
-    def penalty_gradients(self) -> dict[nn.Parameter, Tensor]:
-        """The penalty's part of the present ``p.grad``, as added by the last :meth:`step`, by parameter."""
-        return {p: g * self._factor for p, g in self._applicable().items()}
+    def _at_masks(self, through_A: int, through_weights: int) -> dict[nn.Parameter, Tensor]:
+        """Add up the two parts of the penalty's gradient at masks, so many times each, by the layers' weights."""
+        total: dict[nn.Parameter, Tensor] = {}
+        for count, terms in ((through_A, self._mask_terms), (through_weights, self._weight_terms)):
+            for name, term in terms.items() if count else ():
+                weight = weight_of(self._inner, name)
+                if weight is not None:
+                    total[weight] = count * term + total.get(weight, 0.0)  # layers may share a weight
+        return total
 
     # ---------------------------------------------------------------- stepping
 
     def _change_gradients(self) -> None:
-        """Add the penalty's gradient."""
+        """Add the penalty's gradient, at the steps that compute it."""
         if not self._has_penalty():
-            self._penalty, self._mask_terms = None, {}
+            self._forget_penalty()
         elif self._refreshes_next():
             self._refresh()
+        else:
+            self._held = 0
         self._steps += 1
-        penalty = self._applicable()
-        if penalty:
-            finite = self._set_factor(list(penalty))
-            self._apply(penalty)
-            self._count_skipped(finite)
 
-    def _applicable(self) -> dict[nn.Parameter, Tensor]:
-        """The penalty's gradient for the parameters that are stepped on, not bounded yet."""
-        # A gradient of another shape stems from before a cut that this optimizer was not told of.
-        return {p: g for p, g in (self._penalty or {}).items() if p.grad is not None and p.shape == g.shape}
-
-    def _apply(self, penalty: dict[nn.Parameter, Tensor]) -> None:
-        """Add the penalty's gradient, bounded, to that of the loss."""
-        gradients = [p.grad for p in penalty if p.grad is not None]
-        torch._foreach_addcmul_(gradients, list(penalty.values()), [self._factor] * len(penalty))
-
-    def _set_factor(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Bound the penalty by the loss's gradient at this step, on the device; returns whether all is finite."""
-        loss_norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        finite = torch.maximum(loss_norm, self._penalty_norm) < math.inf  # NaN is not
-        factor = torch.ones_like(loss_norm)
-        if self._options.clip is not None:
-            tiny = torch.finfo(loss_norm.dtype).tiny
-            factor = (self._options.clip * loss_norm / self._penalty_norm.clamp(min=tiny)).clamp(max=1.0)
-        self._factor = torch.where(finite, factor, 0.0)
-        return finite
+    def _forget_penalty(self, *, paused: bool = True) -> None:
+        """Know no penalty; the next step with one computes it or, unless ``paused``, the next that would anyway."""
+        self._mask_terms, self._weight_terms, self._held, self._paused = {}, {}, 0, paused
 
     def _refresh(self) -> None:
         """Compute the penalty's gradient on the last training batch."""
@@ -317,7 +311,7 @@ class FlatKFAC(OptimizerWrapper):
         left_alone = {p for group in self.param_groups if not self._setting(group, "mu") for p in group["params"]}
         parameters = [p for p in self._parameters_with_gradient() if p not in left_alone]
         if not parameters:  # the wrapped optimizer has nothing to do either
-            self._penalty, self._mask_terms = None, {}
+            self._forget_penalty()
             self._forget_calls()
             return
         try:
@@ -326,29 +320,56 @@ class FlatKFAC(OptimizerWrapper):
         except torch.OutOfMemoryError as error:
             if world_size(processes(self.model)) > 1:
                 raise  # the others wait for what this process cannot send
-            self._penalty, self._mask_terms = {}, {}  # until the next refresh
+            self._forget_penalty(paused=False)
             self._forget_calls()
             _warn_of_memory(error, call.batch_size, self._options.batch_fraction)
             return
         self._forget_calls()
-        self._take_over(gradient)
+        self._descend(gradient)
+        self._paused = False
 
-    def _take_over(self, gradient: RadiusGradient) -> None:
-        """Take over the penalty's gradient, from that of rho unless scaled; zero where any of it is not finite."""
+    def _descend(self, gradient: RadiusGradient) -> None:
+        """Add the penalty's gradient for the steps until the next refresh; nothing where any of it is not finite."""
         weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
-        found = gradient.parameters
+        penalty = gradient.parameters
         if not gradient.scaled:  # taken out one by one: there are never two copies of all
-            found = {p: weights[p] * found.pop(p) for p in list(found)}
-        self._penalty_norm = get_total_norm(list(found.values())).to(gradient.rho.device)
-        finite = self._penalty_norm.isfinite()
+            penalty = {p: weights[p] * penalty.pop(p) for p in list(penalty)}
+        steps = self._options.every - self._steps % self._options.every
+        factor = self._factor(penalty, steps).to(gradient.rho.device)
+        finite = factor.isfinite()
         if finite.device.type != "cpu" or not finite:  # what is on the host can be asked without waiting
-            found = {p: torch.where(finite, found.pop(p), 0.0) for p in list(found)}
-        self._penalty = {p: g.to(p.dtype) for p, g in found.items()}
-        self._mask_terms = {}
+            factor = torch.where(finite, factor, 0.0)
+            penalty = {p: torch.where(finite, penalty.pop(p), 0.0) for p in list(penalty)}
+        self._mask_terms, self._held = {}, steps
         for name, mask in gradient.input_masks.items():
             holder = weight_of(self._inner, name)
             weight = others if holder is None else weights.get(holder, others)
-            self._mask_terms[name] = torch.where(finite, weight * mask, 0.0)
+            self._mask_terms[name] = torch.where(finite, factor / steps * weight * mask, 0.0)
+        self._weight_terms = {n: factor / steps * input_mask_gradient(m, g) for n, m, g in self._readers(penalty)}
+        self._add(penalty, factor)
+        self._count_skipped(finite)
+
+    def _factor(self, penalty: Mapping[nn.Parameter, Tensor], steps: int) -> Tensor:
+        """Return what the penalty's gradient is multiplied by to stand for so many steps, within the bound.
+
+        It stays on the device, and is not finite where either gradient is not.
+        """
+        loss_norm, norm = _norm(p.grad for p in penalty if p.grad is not None), _norm(penalty.values())
+        factor = torch.full_like(norm, steps)
+        if self._options.clip is not None:
+            factor = (self._options.clip * loss_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=steps)
+        return torch.where((loss_norm + norm).isfinite(), factor, math.nan)
+
+    def _readers(self, penalty: Mapping[nn.Parameter, Tensor]) -> Iterator[tuple[str, nn.Module, Tensor]]:
+        """Name the layers whose inputs can be masked, one for each weight, and the penalty's gradient there."""
+        readers = {reading_weight(m): (name, m) for name, m in self._inner.named_modules() if is_producer(m)}
+        return ((name, layer, penalty[w]) for w, (name, layer) in readers.items() if w in penalty)
+
+    def _add(self, penalty: Mapping[nn.Parameter, Tensor], factor: Tensor) -> None:
+        """Add the penalty's gradient to that of the loss."""
+        for p, g in penalty.items():
+            assert p.grad is not None
+            p.grad.addcmul_(g.to(p.dtype), factor.to(p))
 
     def _compare_outputs(self) -> None:
         """See, once, that the copy which the curvature is read on computes what the model does."""
@@ -453,7 +474,7 @@ class FlatKFAC(OptimizerWrapper):
 
         refresh = self._steps // self._options.every
         # After a pause, what is known of the layers may be long out of date.
-        survey = self._penalty is None or refresh % self._options.survey_every == 0
+        survey = self._paused or refresh % self._options.survey_every == 0
         return self._tracker.gradient(
             args,
             kwargs,
@@ -480,7 +501,7 @@ class FlatKFAC(OptimizerWrapper):
                 "FlatKFAC left the penalty out of a step because the loss, its gradients or the curvature were not "
                 "finite; the wrapped optimizer stepped as it would have. Further cases are counted in "
                 "FlatKFAC.skipped without a warning",
-                stacklevel=5,  # the line that called step(), past torch's own wrapper
+                stacklevel=7,  # the line that called step(), past torch's own wrapper
             )
 
     def _sampled_loss(self, output: Any) -> Tensor:
@@ -550,7 +571,7 @@ class FlatKFAC(OptimizerWrapper):
 
     def _refreshes_next(self) -> bool:
         """Tell whether the next step computes the penalty's gradient."""
-        return (self._steps % self._options.every == 0 or self._penalty is None) and self._has_penalty()
+        return (self._steps % self._options.every == 0 or self._paused) and self._has_penalty()
 
     def _has_penalty(self) -> bool:
         """Tell whether mu is above zero for any group at this step."""
@@ -567,7 +588,7 @@ class FlatKFAC(OptimizerWrapper):
     # ---------------------------------------------------------------- following a cut
 
     def prepare_cut(self, kept: Mapping[str, Kept], select: Select) -> list[Change]:
-        """Work out what a cut leaves of the eigenvectors and of the penalty's gradient, before it happens.
+        """Work out what a cut leaves of the eigenvectors and of the penalty's gradient at masks, before it happens.
 
         Args:
             kept: What remains of each module that loses channels, by name.
@@ -577,21 +598,19 @@ class FlatKFAC(OptimizerWrapper):
             What puts the result in place, to be made together with the cut of the parameters.
         """
         kept = kept_by_projections(self._inner, kept)
-        penalty = None if self._penalty is None else {p: select(p, g) for p, g in self._penalty.items()}
-        mask_terms = {
-            name: m.index_select(0, kept[name].inputs.to(m.device)) if name in kept else m
-            for name, m in self._mask_terms.items()
-        }
 
-        norm = get_total_norm(list((penalty or {}).values())).to(self._penalty_norm)
+        def cut(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {n: t.index_select(0, kept[n].inputs.to(t.device)) if n in kept else t for n, t in terms.items()}
+
+        terms = {"_mask_terms": cut(self._mask_terms), "_weight_terms": cut(self._weight_terms), "_held": 0}
         return [
             *self._tracker.prepare_cut(kept, select),
-            setting(self, {"_penalty": penalty, "_mask_terms": mask_terms, "_penalty_norm": norm}),
+            setting(self, terms),
             *(setting(calls, {"graphs": []}) for calls in self._recorders()),
         ]
 
     def keep_removed(self, kept: Mapping[str, Kept], join: Join) -> Callable[[], list[Change]]:
-        """Remember what a cut that is about to happen takes from the eigenvectors and the penalty's gradient.
+        """Remember what a cut that is about to happen takes from the eigenvectors and the penalty's gradient at masks.
 
         Args:
             kept: What remains of each module that loses channels, by name.
@@ -601,22 +620,21 @@ class FlatKFAC(OptimizerWrapper):
             A function that prepares to put it back. A penalty computed since then that lacks a part is computed anew.
         """
         kept = kept_by_projections(self._inner, kept)
-        put_back_vectors, norm = self._tracker.keep_removed(kept, join), self._penalty_norm
-        penalty = {p: join(p, g) for p, g in (self._penalty or {}).items()}
-        masks = dict(self._mask_terms)
+        put_back_vectors = self._tracker.keep_removed(kept, join)
+        before = {name: dict(getattr(self, name)) for name in ("_mask_terms", "_weight_terms")}
 
         def put_back() -> list[Change]:
-            known = self._penalty is not None and self._penalty.keys() <= penalty.keys()
-            known &= self._mask_terms.keys() <= masks.keys()
-            whole = {p: penalty[p](g) for p, g in (self._penalty or {}).items()} if known else None
-            terms = {
-                n: masks[n].index_copy(0, kept[n].inputs.to(m.device), m) if n in kept else m
-                for n, m in (self._mask_terms if known else {}).items()
-            }
-            length = get_total_norm(list((whole or {}).values())).to(norm)
+            def whole(name: str) -> dict[str, Tensor]:
+                return {
+                    n: before[name][n].index_copy(0, kept[n].inputs.to(t.device), t) if n in kept else t
+                    for n, t in getattr(self, name).items()
+                }
+
+            known = all(getattr(self, name).keys() <= terms.keys() for name, terms in before.items())
+            terms = {name: whole(name) if known else {} for name in before}
             return [
                 *put_back_vectors(),
-                setting(self, {"_penalty": whole, "_mask_terms": terms, "_penalty_norm": length}),
+                setting(self, {**terms, "_held": 0, "_paused": self._paused or not known}),
                 *(setting(calls, {"graphs": []}) for calls in self._recorders()),
             ]
 
@@ -629,13 +647,12 @@ class FlatKFAC(OptimizerWrapper):
 
         The wrapped optimizer alone can load it as well.
         """
-        index = {id(p): i for i, p in enumerate(self._all_parameters())}
         own = {
             "steps": self._steps,
+            "paused": self._paused,
             "skipped": self.skipped,
-            "penalty": None if self._penalty is None else {index[id(p)]: g for p, g in self._penalty.items()},
-            "penalty_norm": self._penalty_norm,
             "mask_terms": dict(self._mask_terms),
+            "weight_terms": dict(self._weight_terms),
             **self._tracker.state_dict(),
         }
         return {**self.base.state_dict(), "kfac_flat": own}
@@ -654,31 +671,36 @@ class FlatKFAC(OptimizerWrapper):
 
     def _check_own(self, own: Mapping[str, Any]) -> None:
         """See that the curvature's part of a checkpoint fits this model."""
-        parameters = self._all_parameters()
-        for i, g in (own["penalty"] or {}).items():
-            if i >= len(parameters) or parameters[i].shape != g.shape:
-                raise ValueError(
-                    "the checkpoint's penalty gradient fits other parameters: load the pruner's state into the dense "
-                    "model first, then the optimizer's"
-                )
         self._tracker.check_state_dict(own)
+        terms = [*own["mask_terms"].items(), *own["weight_terms"].items()]
+        if not all(self._has_inputs(name, len(term)) for name, term in terms):
+            raise ValueError(
+                "the checkpoint's penalty is that of other layers: load the pruner's state into the dense model first, "
+                "then the optimizer's"
+            )
+
+    def _has_inputs(self, name: str, count: int) -> bool:
+        """Tell whether there is a layer of this name that reads so many channels."""
+        try:
+            layer = layer_shape(self._inner, name)
+        except AttributeError:
+            return False
+        return channel_counts(layer)[0] == count
 
     def _load_own(self, own: Mapping[str, Any] | None) -> None:
         """Restore the curvature's part of a checkpoint, or start afresh."""
-        self._steps, self._penalty, self._mask_terms, self._skipped = 0, None, {}, None
+        self._steps, self._skipped = 0, None
+        self._forget_penalty()
         self._forget_calls()
         self._tracker.reset()
         if own is None:
             return
-        parameters = self._all_parameters()
-        device = parameters[0].device
-        self._steps = own["steps"]
+        device = self._all_parameters()[0].device
+        self._steps, self._paused = own["steps"], own["paused"]
         self._skipped = torch.tensor(own["skipped"], device=device)
-        self._penalty_norm = own["penalty_norm"].to(device, copy=True)
-        self._mask_terms = {name: m.to(device, copy=True) for name, m in own["mask_terms"].items()}
+        self._mask_terms = {name: term.to(device, copy=True) for name, term in own["mask_terms"].items()}
+        self._weight_terms = {name: term.to(device, copy=True) for name, term in own["weight_terms"].items()}
         self._tracker.load_state_dict(own)
-        if own["penalty"] is not None:
-            self._penalty = {parameters[i]: g.to(parameters[i], copy=True) for i, g in own["penalty"].items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -694,6 +716,12 @@ class FlatKFAC(OptimizerWrapper):
             return
         FlatKFAC.__init__(self, state["base"], state["model"], **state["options"])
         self._load_own(state["own"])
+
+
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    """Norm of all entries, in single precision at least."""
+    total = get_total_norm(list(tensors))
+    return total.to(torch.promote_types(total.dtype, torch.float32))
 
 
 def _check_share(call: RecordedCall, output: Any, examples: int) -> None:

@@ -324,7 +324,8 @@ def weight_of(model: nn.Module, name: str) -> nn.Parameter | None:
     module = model.get_submodule(holder)
     if is_attention(module) and projection in PROJECTIONS:
         return projection_parameters(module)[PROJECTIONS.index(projection)]
-    return model.get_submodule(name)._parameters.get("weight")
+    module = model.get_submodule(name)
+    return module._parameters.get("in_proj_weight" if is_attention(module) else "weight")
 
 
 def unread_modules(model: nn.Module) -> dict[str, str]:

@@ -20,6 +20,7 @@ def test_every_row_and_schedule_is_told_with_how_it_was_made(tmp_path: Path) -> 
     ratios = found["results"]["mlp"]["time"]
     assert ratios.keys() == {*step_cost.ROWS, *step_cost.SCHEDULES}
     assert ratios[step_cost.BARE] == 1
+    assert 1 < ratios[step_cost.EIGENPAIRS] < ratios["survey, full batch"]
     assert all(ratio > 0 for ratio in ratios.values())
     assert found["command"].startswith("python -m benchmarks.step_cost --batch-size 8")
     assert "BackPACK's KFAC and eigh" in (tmp_path / "cpu.txt").read_text()
@@ -74,14 +75,14 @@ def test_peak_memory_counts_what_the_optimizer_adds() -> None:
     assert exact > bare + 4 * 784**2 / 2**20  # a factor of its first layer
 
 
-def test_peak_memory_between_refreshes_is_that_of_the_gradient_kept() -> None:
+def test_peak_memory_between_refreshes_is_that_of_the_bare_optimizer() -> None:
     """The first step of each row, which is a refresh, does not count."""
     options = step_cost.parse(["--batch-size", "8", "--models", "mlp"])
     bare, between, survey = (
         step_cost.peak_memory("mlp", row, options) for row in (step_cost.BARE, step_cost.BETWEEN, "survey, full batch")
     )
     parameters = 4 * (784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10) / 2**20
-    assert between - bare == pytest.approx(parameters, rel=0.02)
+    assert between - bare < 0.02 * parameters
     assert survey > between + 0.1 * parameters
 
 

@@ -32,20 +32,23 @@ def test_clip_leaves_a_small_penalty_alone() -> None:
     assert_gradients_close(seen, times(1e-3, gradient), tolerance=1e-7)
 
 
-def test_the_bound_holds_at_every_step_and_not_only_where_the_penalty_was_computed() -> None:
+def test_the_bound_is_on_all_that_a_refresh_adds_for_the_steps_to_come() -> None:
     model = small_net()
     base = SGD(model.parameters(), lr=0.0)
-    optimizer = FlatKFAC(base, model, mu=1.0, every=4, clip=0.5)
+    optimizer = FlatKFAC(base, model, mu=100.0, every=4, clip=0.5)
     seen: list[Tensor] = []
     optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat([p.grad.flatten() for p in model.parameters()])))
-    for i in range(4):
-        x = torch.randn(12, 4) * (30 if i == 0 else 1)
+    for i in range(8):
+        x = torch.randn(12, 4)
         optimizer.zero_grad()
         F.cross_entropy(model(x), torch.arange(12) % 3).backward()
         loss_gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         optimizer.step()
         added = (seen[-1] - loss_gradient).norm()
-        assert 0 < added <= 0.5 * loss_gradient.norm() * (1 + 1e-4)
+        if i % 4:
+            assert added == 0
+        else:  # all parameters that rho depends on count, which may not be all there are
+            assert 0.2 * loss_gradient.norm() < added <= 0.5 * loss_gradient.norm() * (1 + 1e-4)
 
 
 def test_a_mask_term_follows_the_bound_and_a_mu_of_zero_clears_it() -> None:
@@ -55,14 +58,11 @@ def test_a_mask_term_follows_the_bound_and_a_mu_of_zero_clears_it() -> None:
         optimizer = FlatKFAC(SGD(model.parameters(), lr=0.0), model, mu=lambda s: 5.0 if s == 0 else 0.0, clip=clip)
         torch.manual_seed(1)
         step(model, optimizer)
-        terms.append({k: v.clone() for k, v in optimizer.state_dict()["kfac_flat"]["mask_terms"].items()})
-        direct = optimizer.input_mask_gradients()
-        assert direct
-        if clip is not None:
-            raw = terms[-1][next(iter(terms[-1]))]
-            assert next(iter(direct.values())).norm() < 0.1 * raw.norm()
+        terms.append(optimizer.input_mask_gradients())
         step(model, optimizer)
         assert optimizer.input_mask_gradients() == {}
+    unbounded, bounded = (torch.cat(list(of_weights.values())).norm() for of_weights in terms)
+    assert 0 < bounded < 0.1 * unbounded
 
 
 @pytest.mark.parametrize("how", ["norm", "value"])

@@ -113,21 +113,9 @@ def test_forgetting_the_curvature_at_resume_would_be_noticed(tmp_path: Path) -> 
     assert not same(resumed.state_dict(), model.state_dict())
 
 
-def test_a_penalty_that_is_bounded_stays_so_in_the_steps_before_the_next_refresh() -> None:
-    model, optimizer = fresh(mu=1e4, every=4, clip=1.0)
-    resumed, other = fresh(mu=1e4, every=4, clip=1.0)
-    train(model, optimizer, 2, shape=SHAPE)
-    resumed.load_state_dict(copy.deepcopy(model.state_dict()))
-    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    train(model, optimizer, 1, start=2, shape=SHAPE)
-    train(resumed, other, 1, start=2, shape=SHAPE)
-    assert float(optimizer._factor) < 0.5
-    assert same(snapshot(resumed, other), snapshot(model, optimizer))
-
-
 def test_what_has_been_read_is_there_right_after_loading(tmp_path: Path) -> None:
     model, optimizer = fresh(reduction="sum")
-    train(model, optimizer, 4, shape=SHAPE)
+    train(model, optimizer, 5, shape=SHAPE)
     resumed, other = fresh(reduction="sum")
     other.load_state_dict(through_disk(tmp_path / "optimizer.pt", optimizer.state_dict()))
     assert other.rho == optimizer.rho > 0

@@ -96,10 +96,9 @@ class Before:
         return cut
 
     def _curvature(self, own: dict[str, Any], left: Remaining) -> dict[str, Any]:
-        own["penalty"] = {number: left.of(self.names[number], g) for number, g in own["penalty"].items()}
-        own["penalty_norm"] = torch.nn.utils.get_total_norm(list(own["penalty"].values()))
-        columns = {layer: left.along(f"{layer}.weight")[1] for layer in own["mask_terms"]}
-        own["mask_terms"] = {k: t if columns[k] is None else t[columns[k]] for k, t in own["mask_terms"].items()}
+        for terms in ("mask_terms", "weight_terms"):
+            columns = {layer: left.along(f"{layer}.weight")[1] for layer in own[terms]}
+            own[terms] = {k: t if columns[k] is None else t[columns[k]] for k, t in own[terms].items()}
         own["outdated"] = True  # all layers are looked at next
         for layer, v in own["eigenvectors"].items():
             rows, columns = left.along(f"{layer}.weight")

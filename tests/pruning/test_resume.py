@@ -67,5 +67,5 @@ def test_a_training_that_is_killed_before_between_and_after_cuts_ends_as_the_uni
 
     found, expected = torch.load(path, weights_only=True), whole.state_dict()
     assert found["step"] == STEPS
-    assert len(tensors(found)) > 50
+    assert len(tensors(found)) > 40
     assert_same(found, expected)

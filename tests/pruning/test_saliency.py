@@ -201,6 +201,40 @@ def test_a_closure_is_scored_on_the_gradients_that_it_makes() -> None:
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("reduction", ["max", "sum"])
+@pytest.mark.parametrize("name", NETS)
+def test_theta_has_the_penalty_of_one_step_whether_that_step_adds_it_or_another(name: str, reduction: str) -> None:
+    """Of weights that stay where they are, each step reads the same."""
+
+    def read(every: int) -> list[Tensor]:
+        model, x = CASES[name].build()
+        base = optim.SGD(model.parameters(), lr=0.0)
+        options = {"clip": None, "batch_fraction": 1.0, "eigenpairs": "exact", "fisher": "empirical"}
+        optimizer = FlatKFAC(
+            base,
+            model,
+            mu=MU,
+            penalty="linear",
+            every=every,
+            reduction=reduction,
+            criterion=nn.CrossEntropyLoss(),
+            **options,
+        )
+        criterion = optimizer._options.criterion
+        found = []
+        for _ in range(every + 1):
+            pruner = NeuronPruner(model, optimizer, x, target=0.1)
+            optimizer.zero_grad()
+            criterion(model(x), targets(x)).backward()
+            optimizer.step()
+            found.append(theta(pruner))
+        return found
+
+    at_every_step = read(1)[0]
+    for seen in read(3):
+        assert_close(seen, at_every_step)
+
+
 def test_a_closure_given_by_keyword_to_flat_kfac_is_scored_with_the_penalty() -> None:
     results = []
     for use_closure in (False, True):

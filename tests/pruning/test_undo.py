@@ -102,8 +102,8 @@ def test_with_curvature_training_goes_on_after_an_undo_that_comes_late() -> None
     for v in optimizer._tracker.eigenvectors.values():
         for vectors in (v.A, v.G):
             assert torch.allclose(vectors.norm(dim=1), torch.ones(len(vectors), dtype=vectors.dtype))
-    for p, g in (optimizer._penalty or {}).items():
-        assert p.shape == g.shape
+    for weight, term in optimizer.input_mask_gradients().items():
+        assert weight.shape[1] == len(term)
     losses = train(model, optimizer, x, y, 20)
     assert losses[-1] < losses[0]
     assert pruner.step()
