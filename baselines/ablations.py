@@ -35,7 +35,7 @@ class PenaltyInThetaOnly(FlatKFAC):
 
     def input_mask_gradients(self) -> dict[nn.Parameter, Tensor]:
         """Gradient of the penalty at masks on layers' inputs, ``[C_in]``, by the layer's weight."""
-        return self._at_masks(1, 1)
+        return self._mask_terms.by_weight(self._inner, 1, 1)
 
 
 class PenaltyInTrainingOnly(FlatKFAC):
@@ -54,4 +54,4 @@ class PenaltyInTrainingOnly(FlatKFAC):
 
     def input_mask_gradients(self) -> dict[nn.Parameter, Tensor]:
         """What takes the penalty out of the gradients again, at masks on layers' inputs, ``[C_in]``, by weight."""
-        return self._at_masks(0, -self._held)
+        return self._mask_terms.by_weight(self._inner, 0, -self._held)

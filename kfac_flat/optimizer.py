@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,9 +20,10 @@ from kfac_flat.averaging import mean_over_processes, processes, rank, world_size
 from kfac_flat.changes import Change, setting
 from kfac_flat.curvature.likelihood import Likelihood, prediction, resolve
 from kfac_flat.curvature.tracker import HostCopy, Join, RadiusGradient, RadiusTracker, Select, Tracker
-from kfac_flat.curvature.twin import layer_names, layer_shape, unread_modules, weight_of
+from kfac_flat.curvature.twin import layer_names, unread_modules, weight_of
+from kfac_flat.mask_terms import MaskTerms
 from kfac_flat.nested import largest_difference
-from kfac_flat.pruning.layers import channel_counts, is_producer
+from kfac_flat.pruning.layers import is_producer
 from kfac_flat.pruning.layers import weight_of as reading_weight
 from kfac_flat.pruning.saliency import input_mask_gradient
 from kfac_flat.recorder import CallRecorder, RecordedCall
@@ -211,8 +212,7 @@ class FlatKFAC(OptimizerWrapper):
         self._tracker = self._make_tracker()
         self._steps = 0
         self._paused = True  # whether the next step with a penalty computes it, whenever that is
-        self._mask_terms: dict[str, Tensor] = {}  # the penalty's gradient at masks on layers' inputs, through A
-        self._weight_terms: dict[str, Tensor] = {}  # and through the weights that read them
+        self._mask_terms = MaskTerms()
         self._held = 0  # how many times p.grad holds the penalty's gradient at this step
         self._whole_batches = False
         self._skipped: Tensor | None = None
@@ -271,17 +271,7 @@ class FlatKFAC(OptimizerWrapper):
         Returns:
             By weight of the layers that the penalty depends on, ``[C_in]``.
         """
-        return self._at_masks(1, 1 - self._held)
-
-    def _at_masks(self, through_A: int, through_weights: int) -> dict[nn.Parameter, Tensor]:
-        """Add up the two parts of the penalty's gradient at masks, so many times each, by the layers' weights."""
-        total: dict[nn.Parameter, Tensor] = {}
-        for count, terms in ((through_A, self._mask_terms), (through_weights, self._weight_terms)):
-            for name, term in terms.items() if count else ():
-                weight = weight_of(self._inner, name)
-                if weight is not None:
-                    total[weight] = count * term + total.get(weight, 0.0)  # layers may share a weight
-        return total
+        return self._mask_terms.by_weight(self._inner, 1, 1 - self._held)
 
     # ---------------------------------------------------------------- stepping
 
@@ -297,7 +287,7 @@ class FlatKFAC(OptimizerWrapper):
 
     def _forget_penalty(self, *, paused: bool = True) -> None:
         """Know no penalty; the next step with one computes it or, unless ``paused``, the next that would anyway."""
-        self._mask_terms, self._weight_terms, self._held, self._paused = {}, {}, 0, paused
+        self._mask_terms, self._held, self._paused = MaskTerms(), 0, paused
 
     def _refresh(self) -> None:
         """Compute the penalty's gradient on the last training batch."""
@@ -330,9 +320,9 @@ class FlatKFAC(OptimizerWrapper):
 
     def _descend(self, gradient: RadiusGradient) -> None:
         """Add the penalty's gradient for the steps until the next refresh; nothing where any of it is not finite."""
-        weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
         penalty = gradient.parameters
         if not gradient.scaled:  # taken out one by one: there are never two copies of all
+            weights = self._weights(gradient.rho)
             penalty = {p: weights[p] * penalty.pop(p) for p in list(penalty)}
         steps = self._options.every - self._steps % self._options.every
         factor = self._factor(penalty, steps).to(gradient.rho.device)
@@ -340,14 +330,26 @@ class FlatKFAC(OptimizerWrapper):
         if finite.device.type != "cpu" or not finite:  # what is on the host can be asked without waiting
             factor = torch.where(finite, factor, 0.0)
             penalty = {p: torch.where(finite, penalty.pop(p), 0.0) for p in list(penalty)}
-        self._mask_terms, self._held = {}, steps
+        self._mask_terms, self._held = self._at_masks(gradient, penalty, factor / steps), steps
+        self._add(penalty, factor)
+        self._count_skipped(finite)
+
+    def _at_masks(self, gradient: RadiusGradient, penalty: Mapping[nn.Parameter, Tensor], factor: Tensor) -> MaskTerms:
+        """Return the gradient of so many times the penalty at masks on layers' inputs."""
+        weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
+        direct = {}
         for name, mask in gradient.input_masks.items():
             holder = weight_of(self._inner, name)
             weight = others if holder is None else weights.get(holder, others)
-            self._mask_terms[name] = torch.where(finite, factor / steps * weight * mask, 0.0)
-        self._weight_terms = {n: factor / steps * input_mask_gradient(m, g) for n, m, g in self._readers(penalty)}
-        self._add(penalty, factor)
-        self._count_skipped(finite)
+            direct[name] = torch.where(factor > 0, factor * weight * mask, 0.0)
+        # One layer for each weight; the gradient at the weight is that of all.
+        readers = {reading_weight(m): (name, m) for name, m in self._inner.named_modules() if is_producer(m)}
+        through_weights = {
+            name: factor * input_mask_gradient(layer, penalty[weight])
+            for weight, (name, layer) in readers.items()
+            if weight in penalty
+        }
+        return MaskTerms(direct, through_weights)
 
     def _factor(self, penalty: Mapping[nn.Parameter, Tensor], steps: int) -> Tensor:
         """Return what the penalty's gradient is multiplied by to stand for so many steps, within the bound.
@@ -359,11 +361,6 @@ class FlatKFAC(OptimizerWrapper):
         if self._options.clip is not None:
             factor = (self._options.clip * loss_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=steps)
         return torch.where((loss_norm + norm).isfinite(), factor, math.nan)
-
-    def _readers(self, penalty: Mapping[nn.Parameter, Tensor]) -> Iterator[tuple[str, nn.Module, Tensor]]:
-        """Name the layers whose inputs can be masked, one for each weight, and the penalty's gradient there."""
-        readers = {reading_weight(m): (name, m) for name, m in self._inner.named_modules() if is_producer(m)}
-        return ((name, layer, penalty[w]) for w, (name, layer) in readers.items() if w in penalty)
 
     def _add(self, penalty: Mapping[nn.Parameter, Tensor], factor: Tensor) -> None:
         """Add the penalty's gradient to that of the loss."""
@@ -598,14 +595,9 @@ class FlatKFAC(OptimizerWrapper):
             What puts the result in place, to be made together with the cut of the parameters.
         """
         kept = kept_by_projections(self._inner, kept)
-
-        def cut(terms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {n: t.index_select(0, kept[n].inputs.to(t.device)) if n in kept else t for n, t in terms.items()}
-
-        terms = {"_mask_terms": cut(self._mask_terms), "_weight_terms": cut(self._weight_terms), "_held": 0}
         return [
             *self._tracker.prepare_cut(kept, select),
-            setting(self, terms),
+            setting(self, {"_mask_terms": self._mask_terms.index_select(kept), "_held": 0}),
             *(setting(calls, {"graphs": []}) for calls in self._recorders()),
         ]
 
@@ -620,21 +612,14 @@ class FlatKFAC(OptimizerWrapper):
             A function that prepares to put it back. A penalty computed since then that lacks a part is computed anew.
         """
         kept = kept_by_projections(self._inner, kept)
-        put_back_vectors = self._tracker.keep_removed(kept, join)
-        before = {name: dict(getattr(self, name)) for name in ("_mask_terms", "_weight_terms")}
+        put_back_vectors, before = self._tracker.keep_removed(kept, join), self._mask_terms
 
         def put_back() -> list[Change]:
-            def whole(name: str) -> dict[str, Tensor]:
-                return {
-                    n: before[name][n].index_copy(0, kept[n].inputs.to(t.device), t) if n in kept else t
-                    for n, t in getattr(self, name).items()
-                }
-
-            known = all(getattr(self, name).keys() <= terms.keys() for name, terms in before.items())
-            terms = {name: whole(name) if known else {} for name in before}
+            whole = before.joined_to(self._mask_terms, kept)
+            paused = self._paused or whole is None
             return [
                 *put_back_vectors(),
-                setting(self, {**terms, "_held": 0, "_paused": self._paused or not known}),
+                setting(self, {"_mask_terms": whole or MaskTerms(), "_held": 0, "_paused": paused}),
                 *(setting(calls, {"graphs": []}) for calls in self._recorders()),
             ]
 
@@ -651,8 +636,7 @@ class FlatKFAC(OptimizerWrapper):
             "steps": self._steps,
             "paused": self._paused,
             "skipped": self.skipped,
-            "mask_terms": dict(self._mask_terms),
-            "weight_terms": dict(self._weight_terms),
+            **self._mask_terms.state_dict(),
             **self._tracker.state_dict(),
         }
         return {**self.base.state_dict(), "kfac_flat": own}
@@ -672,20 +656,11 @@ class FlatKFAC(OptimizerWrapper):
     def _check_own(self, own: Mapping[str, Any]) -> None:
         """See that the curvature's part of a checkpoint fits this model."""
         self._tracker.check_state_dict(own)
-        terms = [*own["mask_terms"].items(), *own["weight_terms"].items()]
-        if not all(self._has_inputs(name, len(term)) for name, term in terms):
+        if not MaskTerms.from_state_dict(own, torch.device("meta")).fits(self._inner):
             raise ValueError(
                 "the checkpoint's penalty is that of other layers: load the pruner's state into the dense model first, "
                 "then the optimizer's"
             )
-
-    def _has_inputs(self, name: str, count: int) -> bool:
-        """Tell whether there is a layer of this name that reads so many channels."""
-        try:
-            layer = layer_shape(self._inner, name)
-        except AttributeError:
-            return False
-        return channel_counts(layer)[0] == count
 
     def _load_own(self, own: Mapping[str, Any] | None) -> None:
         """Restore the curvature's part of a checkpoint, or start afresh."""
@@ -698,8 +673,7 @@ class FlatKFAC(OptimizerWrapper):
         device = self._all_parameters()[0].device
         self._steps, self._paused = own["steps"], own["paused"]
         self._skipped = torch.tensor(own["skipped"], device=device)
-        self._mask_terms = {name: term.to(device, copy=True) for name, term in own["mask_terms"].items()}
-        self._weight_terms = {name: term.to(device, copy=True) for name, term in own["weight_terms"].items()}
+        self._mask_terms = MaskTerms.from_state_dict(own, device)
         self._tracker.load_state_dict(own)
 
     def __getstate__(self) -> dict[str, Any]:
