@@ -25,7 +25,7 @@ from kfac_flat.pruning.propagation import OUTPUT_REASON, FailedAtError, Propagat
 from kfac_flat.pruning.report import Size
 from kfac_flat.pruning.rules import Place
 from kfac_flat.pruning.surgery import Surgery
-from kfac_flat.pruning.tracing import ExampleInputs, Program, UntraceableError, skeleton, trace, wiring
+from kfac_flat.pruning.tracing import ExampleInputs, Program, UntraceableError, skeleton, trace, unseen, wiring
 from kfac_flat.structure import Kept
 
 UNCALLED_REASON = "is not called by itself: it is unused, or inside a module that is not looked into"
@@ -153,6 +153,19 @@ class NeuronGraph:
                     f"{node.name} ({node.target}): let it not ask whether a value is a tensor (isinstance, hasattr, "
                     "is None), nor look sizes up in a dict or set; or move that part into a module of its own and "
                     "register a rule for it"
+                )
+
+    def check_code(self, model: nn.Module) -> None:
+        """See that no submodule has been given code since that tracing could not see.
+
+        Raises:
+            CutError: if one has.
+        """
+        for name, reason in unseen(model, self.inputs, rules.is_leaf).items():
+            if name not in self._programs[False].opaque:
+                raise CutError(
+                    f"the model has changed since this pruner was made, at {name}: {reason}. Remove what has been "
+                    "added, or make a new pruner"
                 )
 
     def _name_what_is_never_cut(self, model: nn.Module) -> None:

@@ -115,12 +115,13 @@ class Propagation(DryRun):
 
     def _apply_rule(self, n: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
         target: Any = n.target
+        opaque = n.target in self._program.opaque
         if n.op == "call_module":
             target = self.submodules[str(n.target)]
-            layer = layers.has_channels(target) or self._table.is_layer(str(n.target))
+            layer = not opaque and (layers.has_channels(target) or self._table.is_layer(str(n.target)))
             if layer and not layers.is_attention(target) and len(args) == 1 and not kwargs:
                 return rules.run_layer(self._table, str(n.target), target, args[0], result)
-        rule = None if n.target in self._program.opaque else rules.find(target)
+        rule = None if opaque else rules.find(target)
         if rule is not rules.move:
             self._compare_numbers(n, args, kwargs)
         if rule is None:

@@ -90,7 +90,7 @@ class Saliency:
         """Add one step, whose gradients are in place; a step with gradients that are not finite is left out.
 
         Args:
-            direct: Gradient at the input masks that does not go through the weights, by the layer's weight, ``[C_in]``.
+            direct: Gradient at the input masks beyond weight times gradient, by the layer's weight, ``[C_in]``.
             scale: What the gradients in place have been multiplied with, if anything.
         """
         scored = [(n, m) for n, m in self._consumers.items() if len(self._readers[n])]  # the first reads no neurons

@@ -33,10 +33,10 @@ from kfac_flat.structure import Kept, unwrap
 
 @runtime_checkable
 class PenalisingOptimizer(Protocol):
-    """An optimizer whose objective depends on neurons beyond what the weights' gradients tell."""
+    """An optimizer whose objective depends on neurons beyond what the gradients in place tell."""
 
     def input_mask_gradients(self) -> Mapping[nn.Parameter, Tensor]:
-        """Gradient at masks on layers' inputs that does not go through the weights, ``[C_in]``, by the weight."""
+        """Gradient at masks on layers' inputs beyond weight times ``p.grad``, ``[C_in]``, by the layer's weight."""
 
 
 class NeuronPruner:
@@ -362,6 +362,7 @@ class NeuronPruner:
         return self._criterion(consumers, {name: left.channels[name].inputs for name in consumers}, left.groups.ids)
 
     def _check_known(self) -> None:
+        self._graph.check_code(self._model)
         if not self._left.fits():
             raise CutError(
                 "the model's layers have been changed by something else, such as a second NeuronPruner: "

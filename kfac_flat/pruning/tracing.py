@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kfac_flat.nested import batch_size, map_tensors, tensors
+from kfac_flat.pruning.hooks import unseen_code
 from kfac_flat.structure import structural_copy
 
 
@@ -177,7 +178,8 @@ def trace(
 ) -> dict[bool, Program]:
     """Trace a model in train and in eval mode.
 
-    A submodule that cannot be traced becomes one opaque operation, with a warning.
+    A submodule that cannot be traced, or may do something else than its code, becomes one opaque operation, with a
+    warning.
 
     Args:
         model: The model, with data.
@@ -190,7 +192,7 @@ def trace(
             instead.
     """
     inputs.arguments(bare.forward)  # before tracing, whose failures are blamed on the code
-    opaque: dict[str, str] = {}
+    opaque = unseen(model, inputs, is_known)
     programs: dict[bool, Program] = {}
     while len(programs) < 2:
         try:
@@ -215,6 +217,11 @@ def trace(
     if inputs.batch_size == 1:
         _check_larger_batches(model, bare, inputs, is_known, programs)
     return programs
+
+
+def unseen(model: nn.Module, inputs: ExampleInputs, is_known: Callable[[nn.Module], bool]) -> dict[str, str]:
+    """Name the submodules that may do something else than tracing finds, and why."""
+    return unseen_code(model, _Tracer(inputs, is_known, ()).is_leaf_module)
 
 
 def _check_larger_batches(

@@ -239,7 +239,11 @@ def test_hooks_on_parameters_still_fire_once_and_can_be_removed() -> None:
 def test_module_hooks_and_user_attributes_stay() -> None:
     model, optimizer, pruner, x, y = setup()
     calls: list[int] = []
-    model[3].conv1.register_forward_hook(lambda *_: calls.append(1))
+
+    def hook(*_: object) -> None:
+        calls.append(1)
+
+    model[3].conv1.register_forward_hook(hook)
     model[3].conv1.weight.no_decay = "yes"
     model[3].conv1.note = {"mine": 1}
     assert pruner.step()

@@ -241,8 +241,15 @@ def test_every_kind_of_module_hook_goes_on_firing() -> None:
 
     def prepare(model: nn.Module) -> None:
         layer = model[3]
-        layer.register_forward_pre_hook(lambda m, args: calls.append(("pre", args[0].shape[1])))
-        layer.register_forward_hook(lambda m, args, out: calls.append(("forward", out.shape[1])))
+
+        def pre_hook(m: nn.Module, args: tuple[Tensor]) -> None:
+            calls.append(("pre", args[0].shape[1]))
+
+        def hook(m: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+            calls.append(("forward", out.shape[1]))
+
+        layer.register_forward_pre_hook(pre_hook)
+        layer.register_forward_hook(hook)
         layer.register_full_backward_pre_hook(lambda m, grad: calls.append(("backward pre", grad[0].shape[1])))
         layer.register_full_backward_hook(lambda m, grad, out: calls.append(("backward", grad[0].shape[1])))
         layer.register_state_dict_post_hook(lambda *_: calls.append(("state", 0)))

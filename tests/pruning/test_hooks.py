@@ -1,0 +1,181 @@
+"""Code that tracing does not see, hooks and replaced forwards, freezes what it may mix."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune, spectral_norm, weight_norm
+from torch.optim import SGD
+
+from kfac_flat import CutError, FlatKFAC, NeuronPruner
+from kfac_flat.pruning.hooks import unseen_code
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)
+    )
+
+
+def stepped(model: nn.Module, **options: Any) -> NeuronPruner:
+    """A pruner that has scored a step."""
+    x = torch.randn(16, 4)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    pruner = NeuronPruner(model, optimizer, x, **{"target": 0.2, "start": 1, "events": 1, **options})
+    F.cross_entropy(model(x), torch.arange(16) % 3).backward()
+    optimizer.step()
+    return pruner
+
+
+def flips_output(model: nn.Sequential) -> None:
+    model[1].register_forward_hook(lambda m, args, out: out.flip(1))
+
+
+def flips_input(model: nn.Sequential) -> None:
+    model[1].register_forward_pre_hook(lambda m, args: (args[0].flip(1),))
+
+
+def replaces_forward(model: nn.Sequential) -> None:
+    model[1].forward = lambda x: torch.tanh(x).flip(1)
+
+
+def wraps_forward(model: nn.Sequential) -> None:
+    own = model[1].forward
+    model[1].forward = functools.partial(lambda m, x: own(x).flip(1), model[1])
+
+
+CHANGES = [flips_output, flips_input, replaces_forward, wraps_forward]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_neurons_around_code_that_tracing_does_not_see_stay(change: Callable[[nn.Sequential], None]) -> None:
+    model = network()
+    change(model)
+    with pytest.warns(UserWarning, match=r"are not cut: 1 \((a forward|its forward)"):
+        pruner = stepped(model)
+    assert pruner.step()
+    assert pruner.frozen["0"] == "1 (Tanh) has no rule"
+    assert model[0].out_features == model[2].in_features == 8
+    assert model[2].out_features + model[4].out_features < 11
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_masked_model_tells_that_they_would_be_mixed(change: Callable[[nn.Sequential], None]) -> None:
+    """What is avoided: the mask of the first neuron in front of that code is not that of the first one behind it."""
+    model, x = network(), torch.randn(16, 4)
+    change(model)
+    before, behind = network(), network()
+    for other in (before, behind):
+        change(other)
+    with torch.no_grad():
+        before[0].weight[0], before[0].bias[0] = 0, 0
+        behind[2].weight[:, 0] = 0
+        assert not torch.allclose(before(x), model(x))
+        assert not torch.allclose(before(x), behind(x))
+
+
+def test_a_layer_whose_forward_has_been_replaced_is_neither_cut_nor_are_those_around_it() -> None:
+    model = network()
+    layer = model[2]
+    layer.forward = lambda x: F.linear(x.flip(1), layer.weight, layer.bias)
+    with pytest.warns(UserWarning, match=r"2 \(its forward has been replaced\)"):
+        pruner = stepped(model, target=0.1)
+    assert pruner.step()
+    assert [model[i].out_features for i in (0, 2)] == [8, 6]
+    assert model[4].out_features < 5
+
+
+def test_a_block_with_a_hook_stays_as_a_whole() -> None:
+    model = nn.Sequential(network()[:3], nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    model[0].register_forward_hook(lambda m, args, out: out.flip(1))
+    with pytest.warns(UserWarning, match=r"not cut: 0 \(a forward hook may return another output\)"):
+        pruner = stepped(model)
+    assert pruner.step()
+    assert [model[0][0].out_features, model[0][2].out_features] == [8, 6]
+    assert model[2].out_features < 6
+
+
+@pytest.mark.filterwarnings("ignore:`?torch.nn.utils.weight_norm")
+def test_hooks_that_return_nothing_and_those_of_torch_and_of_the_library_freeze_nothing() -> None:
+    seen: dict[str, Tensor] = {}
+
+    def watch(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        if out.dim():
+            seen["out"] = out
+            return
+        for x in args:
+            seen["in"] = x
+
+    @torch.no_grad()
+    def without_gradient(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        seen["mean"] = out.mean()
+
+    class Watcher:
+        def __call__(self, module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+            seen["called"] = out
+
+        def method(self, module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+            with torch.no_grad():
+                seen["method"] = out * 2
+
+    model = network()
+    for hook in (watch, without_gradient, Watcher(), Watcher().method, functools.partial(watch)):
+        model[1].register_forward_hook(hook)
+    model.register_forward_hook(lambda m, args, out: out * 2)  # the model's own output is no neuron
+    FlatKFAC(SGD(model.parameters(), lr=0.1), model)
+    assert stepped(model).step()
+    assert model[0].out_features + model[2].out_features < 14
+
+    computing = nn.Sequential(*(f(nn.Linear(4, 4)) for f in (weight_norm, spectral_norm)), nn.Linear(4, 4))
+    prune.l1_unstructured(computing[2], "weight", 0.5)
+    assert unseen_code(computing, lambda module, name: True) == {}
+
+
+def returns_one_of_two(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor | None:
+    return None if out.dim() == 1 else out
+
+
+def returns_either(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor | None:
+    return getattr(module, "replacement", out) or None
+
+
+@torch.no_grad()
+def returns_without_gradient(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+    return out
+
+
+@pytest.mark.parametrize("hook", [returns_one_of_two, returns_either, returns_without_gradient, print])
+def test_hooks_that_may_return_something_are_named(hook: Any) -> None:
+    model = network()
+    model[3].register_forward_hook(hook)
+    model[5].register_forward_pre_hook(hook)
+    assert unseen_code(model, lambda module, name: True) == {
+        "3": "a forward hook may return another output",
+        "5": "a forward pre-hook may return other arguments",
+    }
+
+
+def test_a_replaced_forward_that_is_traced_is_followed() -> None:
+    model = nn.Sequential(network()[:3], nn.Linear(6, 3))
+    inner = model[0]
+    inner.forward = lambda x: inner[2](torch.tanh(inner[0](x)))
+    assert stepped(model).step()
+    assert inner[0].out_features + inner[2].out_features < 14
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_such_code_that_comes_later_stops_the_cut_and_nothing_changes(change: Callable[[nn.Sequential], None]) -> None:
+    model = network()
+    pruner = stepped(model)
+    change(model)
+    with pytest.raises(CutError, match=r"has changed since this pruner was made, at 1: (a|its) forward"):
+        pruner.step()
+    assert [model[i].out_features for i in (0, 2, 4, 6)] == [8, 6, 5, 3]
+    assert not pruner.history
