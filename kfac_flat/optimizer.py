@@ -28,6 +28,7 @@ from kfac_flat.pruning.layers import weight_of as reading_weight
 from kfac_flat.pruning.saliency import input_mask_gradient
 from kfac_flat.recorder import CallRecorder, RecordedCall
 from kfac_flat.structure import Kept
+from kfac_flat.warn import warn_user
 from kfac_flat.wrapper import OptimizerWrapper
 
 Schedule = float | Callable[[int], float]
@@ -377,12 +378,11 @@ class FlatKFAC(OptimizerWrapper):
             return
         difference = self._difference(graph.call, graph.output)
         if difference > _DIFFERENT:  # not where values are not numbers, of which is told elsewhere
-            warnings.warn(
+            warn_user(
                 "the copy of the model on which FlatKFAC reads the curvature gives another output than the model did "
                 f"(the difference is {difference:.0%} of its size), so the penalty is that of another function. It "
                 "repeats no forward hooks and knows of no randomness but that of torch's global generators: put what "
-                "changes the output into modules",
-                stacklevel=5,  # the line that called step(), past torch's own wrapper
+                "changes the output into modules"
             )
 
     def _difference(self, call: RecordedCall, expected: Any) -> float:
@@ -451,10 +451,9 @@ class FlatKFAC(OptimizerWrapper):
                 raise
             gradient = self._rho_gradient_on(call, parameters, size)
             self._whole_batches = True
-            warnings.warn(
+            warn_user(
                 f"the model does not run on a part of its batch ({error}), so FlatKFAC takes whole batches from now "
-                "on; say so with batch_fraction=1",
-                stacklevel=7,  # the line that called step()
+                "on; say so with batch_fraction=1"
             )
             return gradient
 
@@ -494,11 +493,10 @@ class FlatKFAC(OptimizerWrapper):
             before = int(self._skipped)
         if before and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn_user(
                 "FlatKFAC left the penalty out of a step because the loss, its gradients or the curvature were not "
                 "finite; the wrapped optimizer stepped as it would have. Further cases are counted in "
-                "FlatKFAC.skipped without a warning",
-                stacklevel=7,  # the line that called step(), past torch's own wrapper
+                "FlatKFAC.skipped without a warning"
             )
 
     def _sampled_loss(self, output: Any) -> Tensor:
@@ -706,9 +704,8 @@ def _check_share(call: RecordedCall, output: Any, examples: int) -> None:
 
 def _warn_of_memory(error: torch.OutOfMemoryError, examples: int, fraction: float) -> None:
     """Say that a penalty had to be left out, and how to have it again."""
-    warnings.warn(
+    warn_user(
         f"out of memory for the curvature of {max(1, round(fraction * examples))} of {examples} examples, so FlatKFAC "
         "leaves the penalty out until it computes it anew; the wrapped optimizer steps as it would have. Give FlatKFAC "
-        f"a smaller batch_fraction, such as {fraction / 2:g} ({error})",
-        stacklevel=6,  # the line that called step(), past torch's own wrapper
+        f"a smaller batch_fraction, such as {fraction / 2:g} ({error})"
     )
