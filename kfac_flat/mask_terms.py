@@ -48,7 +48,7 @@ class MaskTerms:
         def has_inputs(name: str, count: int) -> bool:
             try:
                 return channel_counts(layer_shape(model, name))[0] == count
-            except AttributeError:  # no layer of this name
+            except (AttributeError, TypeError):  # nothing of this name, or something without channels
                 return False
 
         return all(has_inputs(name, len(term)) for part in self._parts for name, term in part.items())

@@ -204,7 +204,8 @@ class FlatKFAC(OptimizerWrapper):
             seed=seed,
         )
         super().__init__(optimizer, model)
-        if isinstance(optimizer, torch.optim.LBFGS) and every > 1 and mu != 0:
+        penalised = any(group.get("mu", mu) != 0 for group in self.param_groups)
+        if isinstance(optimizer, torch.optim.LBFGS) and every > 1 and penalised:
             raise ValueError(
                 f"LBFGS compares the gradients of one step's calls of its closure, but with every={every} only some "
                 "of these would have the penalty: give FlatKFAC every=1"
@@ -691,9 +692,9 @@ class FlatKFAC(OptimizerWrapper):
 
 
 def _norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Norm of all entries, in single precision at least."""
-    total = get_total_norm(list(tensors))
-    return total.to(torch.promote_types(total.dtype, torch.float32))
+    """Norm of all entries, in single precision at least: that of large tensors exceeds what float16 can hold."""
+    half = (torch.float16, torch.bfloat16)
+    return get_total_norm([torch.linalg.vector_norm(t, dtype=torch.float32) if t.dtype in half else t for t in tensors])
 
 
 def _check_share(call: RecordedCall, output: Any, examples: int) -> None:

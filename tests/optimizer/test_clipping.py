@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,33 @@ def test_clip_leaves_a_small_penalty_alone() -> None:
     _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x)
     seen = penalty(model, plain(model, mu=1e-3, clip=1.0), x, y)
     assert_gradients_close(seen, times(1e-3, gradient), tolerance=1e-7)
+
+
+@pytest.mark.parametrize("clip", [None, 1e6])
+def test_a_refresh_adds_the_penalty_of_all_steps_until_the_next_where_the_bound_is_out_of_reach(clip: Any) -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x)
+    optimizer = plain(model, mu=1e-3, every=4, clip=clip)
+    for number in range(9):
+        seen = penalty(model, optimizer, x, y)
+        if number % 4:
+            assert norm(seen) == 0
+        else:
+            assert_gradients_close(seen, times(4e-3, gradient), tolerance=1e-7)
+
+
+def test_the_bound_holds_where_half_precision_cannot_hold_the_norms() -> None:
+    model, (x, y) = mlp(dtype=torch.float16), batch(8, 4, dtype=torch.float16)
+    optimizer = plain(model, mu=1e4, clip=0.01)
+    criterion_of(optimizer)(model(x), y).backward()
+    for p in model.parameters():
+        p.grad.fill_(30000.0)
+    own = gradients(model)
+    assert norm(own) == float("inf")
+    optimizer.step()
+    assert optimizer.skipped == 0
+    added = norm([(g - o).float() for g, o in zip(gradients(model), own, strict=True)])
+    assert added == pytest.approx(0.01 * float(norm([o.float() for o in own])), rel=0.05)
 
 
 def test_the_bound_is_on_all_that_a_refresh_adds_for_the_steps_to_come() -> None:

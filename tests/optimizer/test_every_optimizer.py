@@ -195,5 +195,7 @@ def test_lbfgs_is_refused_where_some_of_its_evaluations_would_lack_the_penalty()
     model = mlp()
     with pytest.raises(ValueError, match=r"LBFGS compares the gradients .* every=8 .* give FlatKFAC every=1"):
         FlatKFAC(LBFGS(model.parameters()), model)
+    with pytest.raises(ValueError, match="give FlatKFAC every=1"):
+        FlatKFAC(LBFGS([{"params": list(model.parameters()), "mu": 0.1}]), model, mu=0.0)
     FlatKFAC(LBFGS(model.parameters()), model, mu=0.0)
     FlatKFAC(LBFGS(model.parameters()), model, every=1)

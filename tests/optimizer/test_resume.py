@@ -245,3 +245,17 @@ def test_a_checkpoint_of_something_else_is_refused_and_nothing_has_changed(
     train(model, optimizer, 2, start=2)
     train(*unharmed, 2, start=2)
     assert same(gradients(model), gradients(unharmed[0]))
+
+
+def test_a_checkpoint_whose_layer_is_something_without_channels_here_is_refused_and_nothing_has_changed() -> None:
+    def on(first: nn.Module) -> tuple[nn.Module, FlatKFAC]:
+        model = nn.Sequential(first, nn.Flatten(), nn.Linear(4, 3)).double()
+        return model, FlatKFAC(SGD(model.parameters(), lr=0.1), model)
+
+    foreign, theirs = on(nn.Conv1d(1, 1, 1))
+    train(foreign, theirs, 1, shape=(8, 1, 4))
+    model, optimizer = on(nn.LayerNorm(4))
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match="penalty is that of other layers"):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert same(snapshot(model, optimizer), before)
