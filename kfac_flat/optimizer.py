@@ -129,7 +129,7 @@ class FlatKFAC(OptimizerWrapper):
             scale of rho, so that one mu serves many networks, or ``"linear"``, mu * max(0, rho - K) as in the paper.
         every: Steps from one computation of the penalty's gradient to the next, a refresh.
         survey_every: Refreshes from one look at all layers, to see which attains the maximum, to the next. There is one
-            as well after a cut, and when the penalty comes back after steps without.
+            as well after a cut, and when the penalty comes back after refreshes without.
         batch_fraction: Share of the batch, in (0, 1], that it is computed on; at least two examples, counted along the
             first axis of the model's arguments; where its output shows that this is another one, all of them, with a
             warning. Gradients that accumulate are those of one batch, of all examples since they were cleared; where
@@ -279,8 +279,8 @@ class FlatKFAC(OptimizerWrapper):
 
     def _change_gradients(self) -> None:
         """Add the penalty's gradient, at the steps that compute it."""
-        if not self._has_penalty():
-            self._forget_penalty()
+        if not self._has_penalty():  # what has been added before stands for the steps until the next refresh
+            self._forget_penalty(paused=self._paused or self._is_regular())
         elif self._refreshes_next():
             self._refresh()
         else:
@@ -567,7 +567,11 @@ class FlatKFAC(OptimizerWrapper):
 
     def _refreshes_next(self) -> bool:
         """Tell whether the next step computes the penalty's gradient."""
-        return (self._steps % self._options.every == 0 or self._paused) and self._has_penalty()
+        return (self._is_regular() or self._paused) and self._has_penalty()
+
+    def _is_regular(self) -> bool:
+        """Tell whether the next step is one of those that compute the penalty's gradient whatever came before."""
+        return self._steps % self._options.every == 0
 
     def _has_penalty(self) -> bool:
         """Tell whether mu is above zero for any group at this step."""
@@ -608,17 +612,17 @@ class FlatKFAC(OptimizerWrapper):
             join: Remembers what a tensor of a parameter's shape loses, and returns a function that joins it again.
 
         Returns:
-            A function that prepares to put it back. A penalty computed since then that lacks a part is computed anew.
+            A function that prepares to put it back. Of a penalty computed since then that lacks a part nothing is kept:
+            it has been added for all steps until the next is computed.
         """
         kept = kept_by_projections(self._inner, kept)
         put_back_vectors, before = self._tracker.keep_removed(kept, join), self._mask_terms
 
         def put_back() -> list[Change]:
             whole = before.joined_to(self._mask_terms, kept)
-            paused = self._paused or whole is None
             return [
                 *put_back_vectors(),
-                setting(self, {"_mask_terms": whole or MaskTerms(), "_held": 0, "_paused": paused}),
+                setting(self, {"_mask_terms": whole or MaskTerms(), "_held": 0}),
                 *(setting(calls, {"graphs": []}) for calls in self._recorders()),
             ]
 

@@ -41,6 +41,33 @@ def test_a_mu_that_returns_from_zero_refreshes_at_once() -> None:
             assert all(torch.equal(d, torch.zeros_like(d)) for d in seen)
 
 
+def test_a_mu_that_comes_and_goes_between_refreshes_adds_nothing_twice() -> None:
+    """What the first step has added stands for all until the next refresh."""
+    model, (x, y) = mlp(), batch(8, 4)
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x)
+    optimizer = plain(model, mu=lambda step: 0.3 * (step % 2 == 0), every=4)
+    for step in range(9):
+        seen = penalty(model, optimizer, x, y)
+        if step % 4:
+            assert norm(seen) == 0
+        else:
+            assert_gradients_close(seen, times(4 * 0.3, gradient))
+
+
+def test_steps_without_gradients_put_a_refresh_off_to_the_first_with_some() -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    _, gradient = rho_and_gradient(model, cross_entropy_sum(y), x)
+    optimizer = plain(model, mu=0.3, every=4)
+    model(x)
+    optimizer.step()
+    for step in (1, 2, 3):
+        seen = penalty(model, optimizer, x, y)
+        if step == 1:
+            assert_gradients_close(seen, times(3 * 0.3, gradient))
+        else:
+            assert norm(seen) == 0
+
+
 # -------------------------------------------------------------------------------------------------- by group
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn, optim
 
 from kfac_flat import CutError, FlatKFAC, NeuronPruner
+from tests.optimizer.loops import norm, penalty, plain
 from tests.pruning.nets import CASES
 from tests.pruning.test_atomic import Injection, all_there_is, assert_fails_without_a_trace
 from tests.pruning.test_surgery import OPTIMIZERS, Setup, assert_same, cut_by_hand, everything, kept, train
+from tests.reference import batch, mlp
 
 Make = Callable[..., optim.Optimizer]
 SGD = OPTIMIZERS["SGD"]
@@ -107,6 +109,31 @@ def test_with_curvature_training_goes_on_after_an_undo_that_comes_late() -> None
     losses = train(model, optimizer, x, y, 20)
     assert losses[-1] < losses[0]
     assert pruner.step()
+
+
+def test_an_undo_adds_no_penalty_a_second_time_where_another_layer_attained_the_maximum_since() -> None:
+    """Of that layer's removed inputs nothing is known, but the steps until the next refresh have been paid for."""
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=0.1, every=4)
+    pruner = NeuronPruner(model, optimizer, x, target=0.4, start=1, every=1, events=1, keep_removed=True)
+    assert float(norm(penalty(model, optimizer, x, y))) > 0
+    first = optimizer._tracker.rho()
+    attained = {name for name, radius in optimizer._tracker.radii.items() if radius == first}
+    assert pruner.step()
+    for _ in range(3):
+        penalty(model, optimizer, x, y)
+    with torch.no_grad():  # so that the next refreshes find the maximum elsewhere
+        for p in model[2].parameters():
+            p.mul_(0.05)
+        model[4].weight.mul_(10)
+    for _ in range(5):
+        penalty(model, optimizer, x, y)
+    radii = optimizer.radii()
+    assert {max(radii, key=lambda name: radii[name])} != attained
+    pruner.undo()
+    added = [float(norm(penalty(model, optimizer, x, y))) for _ in range(4)]
+    assert added[:3] == [0, 0, 0]
+    assert added[3] > 0
 
 
 def test_only_the_last_removal_can_be_undone_and_only_once() -> None:
