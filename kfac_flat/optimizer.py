@@ -600,7 +600,7 @@ class FlatKFAC(OptimizerWrapper):
         kept = kept_by_projections(self._inner, kept)
         return [
             *self._tracker.prepare_cut(kept, select),
-            setting(self, {"_mask_terms": self._mask_terms.index_select(kept), "_held": 0}),
+            setting(self, {"_mask_terms": self._mask_terms.index_select(kept)}),
             *(setting(calls, {"graphs": []}) for calls in self._recorders()),
         ]
 
@@ -622,7 +622,7 @@ class FlatKFAC(OptimizerWrapper):
             whole = before.joined_to(self._mask_terms, kept)
             return [
                 *put_back_vectors(),
-                setting(self, {"_mask_terms": whole or MaskTerms(), "_held": 0}),
+                setting(self, {"_mask_terms": whole or MaskTerms()}),
                 *(setting(calls, {"graphs": []}) for calls in self._recorders()),
             ]
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
+from baselines import PenaltyInThetaOnly, PenaltyInTrainingOnly
 from kfac_flat import FlatKFAC, NeuronPruner, rewrap
 from kfac_flat.averaging import mean_over_processes
 from kfac_flat.curvature import tracker
@@ -98,6 +99,37 @@ def test_processes_train_as_one_does_on_the_whole_batch(
             for seen, expected, first in zip(vectors, alone["vectors"][name], ranks[0]["vectors"][name], strict=True):
                 assert torch.allclose((seen * expected).sum(-1).abs(), torch.ones(len(seen), dtype=seen.dtype))
                 assert torch.equal(seen, first)
+
+
+def _at_masks(rank: int | None, kind: Any = FlatKFAC) -> list[dict[str, Tensor]]:
+    """What the penalty says of each layer's inputs, at a step that computes it and at one that does not."""
+    model, sizes, criterion = network(), (8, 4), nn.CrossEntropyLoss()
+    forward = model if rank is None else DistributedDataParallel(model)
+    options: dict[str, Any] = {"every": 2, "batch_fraction": 1.0, "fisher": "empirical", "criterion": criterion}
+    optimizer = kind(SGD(model.parameters(), lr=0.0), forward, mu=0.3, clip=0.5, **options)
+    x, y = batch(sum(sizes), 2, 7, 7)
+    if rank is not None:
+        x, y = part(x, y, rank, sizes)
+    found = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        (criterion(forward(x), y) * (1.0 if rank is None else len(x) * len(sizes) / sum(sizes))).backward()
+        optimizer.step()
+        terms = optimizer.input_mask_gradients()
+        found.append({name: terms[p] for name, p in model.named_parameters() if p in terms})
+    return found
+
+
+@pytest.mark.parametrize("kind", [FlatKFAC, PenaltyInThetaOnly, PenaltyInTrainingOnly])
+def test_every_process_reads_at_masks_what_one_reads_on_the_whole_batch(kind: Any, run: RunInProcesses) -> None:
+    """The same in all to the bit: so they score, and remove, alike."""
+    first, second = run(functools.partial(_at_masks, kind=kind))
+    alone = _at_masks(None, kind)
+    for here, there, expected in zip(first, second, alone, strict=True):
+        assert close(here, expected, 1e-9)
+        assert here.keys() == there.keys()
+        assert all(torch.equal(term, there[name]) for name, term in here.items())
+    assert any(term.any() for term in alone[0].values())
 
 
 def _in_a_group(rank: int) -> dict[str, Any] | None:

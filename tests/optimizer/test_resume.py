@@ -141,6 +141,18 @@ def test_skipped_steps_are_counted_across_a_checkpoint() -> None:
     assert other.skipped == optimizer.skipped == 1
 
 
+def test_a_penalty_that_a_checkpoint_finds_put_off_comes_with_the_first_step_that_can() -> None:
+    model, optimizer = fresh(every=4, mu=lambda step: 0.3 * (step > 1))
+    train(model, optimizer, 1, shape=SHAPE)
+    resumed, other = fresh(every=4, mu=lambda step: 0.3 * (step > 1))
+    resumed.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(model, optimizer, 2, start=1, shape=SHAPE)
+    train(resumed, other, 2, start=1, shape=SHAPE)
+    assert other.rho == optimizer.rho > 0
+    assert same(snapshot(resumed, other), snapshot(model, optimizer))
+
+
 def test_a_loaded_curvature_shares_no_memory_with_the_checkpoint() -> None:
     model, optimizer = fresh()
     train(model, optimizer, 4, shape=SHAPE)

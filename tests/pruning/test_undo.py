@@ -136,6 +136,39 @@ def test_an_undo_adds_no_penalty_a_second_time_where_another_layer_attained_the_
     assert added[3] > 0
 
 
+def test_undone_at_once_the_penalty_at_masks_is_what_it_was_beyond_the_gradients_that_hold_it() -> None:
+    for steps in (1, 2):  # the last of which has computed the penalty, or has not
+        model, (x, y) = mlp(), batch(8, 4)
+        optimizer = plain(model, mu=0.1, every=4)
+        pruner = NeuronPruner(model, optimizer, x, target=0.4, start=1, every=1, events=1, keep_removed=True)
+        for _ in range(steps):
+            penalty(model, optimizer, x, y)
+        before = optimizer.input_mask_gradients()
+        assert pruner.step()
+        pruner.undo()
+        after = optimizer.input_mask_gradients()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(term, before[weight]) for weight, term in after.items())
+
+
+def test_a_layer_that_began_to_train_after_the_removal_does_not_stop_the_undo() -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(model, mu=0.1, every=2)
+    pruner = NeuronPruner(model, optimizer, x, target=0.4, start=1, every=1, events=1, keep_removed=True)
+    model[2].weight.requires_grad_(False)
+    penalty(model, optimizer, x, y)
+    model[2].weight.requires_grad_(True)
+    penalty(model, optimizer, x, y)
+    assert model[2].weight not in optimizer.input_mask_gradients()
+    assert pruner.step()
+    penalty(model, optimizer, x, y)
+    assert model[2].weight in optimizer.input_mask_gradients()
+    pruner.undo()
+    for _ in range(2):
+        penalty(model, optimizer, x, y)
+    assert len(optimizer.input_mask_gradients()[model[2].weight]) == model[2].in_features
+
+
 def test_only_the_last_removal_can_be_undone_and_only_once() -> None:
     model, optimizer, pruner, x, y = build("mlp", events=2)
     assert pruner.step()
