@@ -103,6 +103,20 @@ def test_not_finite_steps_are_the_bases_own_and_counted_with_one_warning(
     assert "FlatKFAC.skipped" in str(warning.message)
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e200])
+def test_a_penalty_that_is_not_finite_beside_a_loss_that_is_costs_nothing_but_itself(factor: float, clip: Any) -> None:
+    model, (x, y) = mlp(), batch(8, 4)
+    optimizer = plain(
+        model, mu=0.3, clip=clip, fisher="sampled", likelihood=lambda output, _: factor * output.square().sum(1)
+    )
+    with pytest.warns(UserWarning, match="left the penalty out"):
+        added = penalty(model, optimizer, x, y)
+    assert all(torch.equal(d, torch.zeros_like(d)) for d in added)
+    assert optimizer.skipped == 1
+    assert not any(term.any() for term in optimizer.input_mask_gradients().values())
+
+
 def test_finite_steps_are_not_counted() -> None:
     model = mlp()
     optimizer = FlatKFAC(SGD(model.parameters(), lr=0.1), model, mu=0.5, every=1)

@@ -209,9 +209,11 @@ def test_after_a_bare_checkpoint_the_curvature_starts_afresh() -> None:
     weights, bare = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.base.state_dict())
     train(model, optimizer, 2, start=3, shape=SHAPE)
     other, unused = fresh()
+    assert optimizer.input_mask_gradients()
     for m, o in ((model, optimizer), (other, unused)):
         m.load_state_dict(weights)
         o.load_state_dict(copy.deepcopy(bare))  # torch's optimizers go on in the very tensors they are given
+        assert o.input_mask_gradients() == {}
         train(m, o, 4, start=20, shape=SHAPE)
     assert same(model.state_dict(), other.state_dict())
 
