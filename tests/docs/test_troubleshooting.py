@@ -52,7 +52,7 @@ def _said(tree: ast.AST) -> Iterator[ast.expr]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             yield from node.exc.args
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "warn_user"):
             yield node.args[0]
 
 
