@@ -9,7 +9,6 @@ import inspect
 import operator
 import sys
 import types
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, fx, nn
 from kfac_flat.nested import batch_size, map_tensors, tensors
 from kfac_flat.pruning.hooks import unseen_code
 from kfac_flat.structure import structural_copy
+from kfac_flat.warn import warn_user
 
 
 def without_data(value: Any) -> Any:
@@ -206,10 +206,9 @@ def trace(
                 ) from error
             opaque[error.submodule] = str(error)
     if opaque:
-        warnings.warn(
+        warn_user(
             "these submodules cannot be traced, so neurons that enter or leave them are not cut: "
-            + "; ".join(f"{name} ({reason})" for name, reason in opaque.items()),
-            stacklevel=4,
+            + "; ".join(f"{name} ({reason})" for name, reason in opaque.items())
         )
         copies = {name: structural_copy(model.get_submodule(name), lambda t: t.detach().clone()) for name in opaque}
         for program in programs.values():

@@ -58,8 +58,9 @@ CHANGES = [flips_output, flips_input, replaces_forward, wraps_forward]
 def test_neurons_around_code_that_tracing_does_not_see_stay(change: Callable[[nn.Sequential], None]) -> None:
     model = network()
     change(model)
-    with pytest.warns(UserWarning, match=r"are not cut: 1 \((a forward|its forward)"):
+    with pytest.warns(UserWarning, match=r"are not cut: 1 \((a forward|its forward)") as warned:
         pruner = stepped(model)
+    assert [w.filename for w in warned] == [__file__]
     assert pruner.step()
     assert pruner.frozen["0"] == "1 (Tanh) has no rule"
     assert model[0].out_features == model[2].in_features == 8
