@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import warnings
 
-_NOT_USERS = ("kfac_flat", "baselines", "torch")
+_NOT_USERS = ("kfac_flat", "baselines", "torch", "contextlib")
 
 
 def warn_user(message: str) -> None:
-    """Warn at the innermost line that is neither this library's, nor the baselines', nor torch's.
+    """Warn at the innermost line that is neither this library's, the baselines', torch's, nor a decorator's.
 
     Between a step and the line that calls it there are frames of torch's own, more of them with a closure or once a
     learning-rate scheduler has been made for the optimizer.
