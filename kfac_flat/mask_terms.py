@@ -54,7 +54,7 @@ class MaskTerms:
         return all(has_inputs(name, len(term)) for part in self._parts for name, term in part.items())
 
     def index_select(self, kept: Mapping[str, Kept]) -> MaskTerms:
-        """Return what a cut leaves of them."""
+        """Return what a cut leaves of them; until computed anew they count what read the inputs before it."""
         return self._changed(lambda name, t: t.index_select(0, kept[name].inputs.to(t.device)) if name in kept else t)
 
     def joined_to(self, left: MaskTerms, kept: Mapping[str, Kept]) -> MaskTerms | None:
