@@ -96,7 +96,7 @@ def flat(**options: Any) -> Make:
 
 
 BARE, BETWEEN = "bare SGD", "between refreshes"
-EIGENPAIRS = "eigenpairs of all layers, full batch"
+EIGENPAIRS = {f"eigenpairs of all layers, {part} batch": share for part, share in (("quarter", 0.25), ("full", 1.0))}
 EXACT = "exact factors and eigh, full batch"
 LARGEST = 2048  # size of a factor beyond which decomposing it at every step is not waited for
 
@@ -153,11 +153,15 @@ class TimedTracker(RadiusTracker):
         return vectors
 
 
-def with_timed_eigenpairs(model: nn.Module) -> Optimizer:
-    """Make FlatKFAC that surveys the whole batch at every step, and times the part that refreshes the eigenpairs."""
-    optimizer = FlatKFAC(sgd(model), model, every=1, survey_every=1, batch_fraction=1.0)
-    optimizer._tracker.__class__ = TimedTracker
-    return optimizer
+def with_timed_eigenpairs(share: float) -> Make:
+    """Make FlatKFAC that surveys a share of the batch at every step, and times the part that refreshes eigenpairs."""
+
+    def make(model: nn.Module) -> Optimizer:
+        optimizer = FlatKFAC(sgd(model), model, every=1, survey_every=1, batch_fraction=share)
+        optimizer._tracker.__class__ = TimedTracker
+        return optimizer
+
+    return make
 
 
 def synchronize(device: torch.device) -> None:
@@ -169,7 +173,7 @@ def synchronize(device: torch.device) -> None:
 ROWS: dict[str, Make] = {
     BARE: sgd,
     BETWEEN: flat(every=NEVER),
-    EIGENPAIRS: with_timed_eigenpairs,
+    **{name: with_timed_eigenpairs(share) for name, share in EIGENPAIRS.items()},
     "refresh, quarter batch": flat(every=1, survey_every=NEVER, batch_fraction=0.25),
     "survey, quarter batch": flat(every=1, survey_every=1, batch_fraction=0.25),
     "refresh, full batch": flat(every=1, survey_every=NEVER, batch_fraction=1.0),
@@ -269,7 +273,7 @@ def time_ratios(
     for name, make in rows.items():
         if name == EXACT and largest > LARGEST:
             continue
-        kind = EigenpairsSubject if name == EIGENPAIRS else Subject
+        kind = EigenpairsSubject if name in EIGENPAIRS else Subject
         subject = kind(copy.deepcopy(model), make, shape, options)
         with contextlib.suppress(NotImplementedError):  # what BackPACK says of a layer that it does not know
             subject.step()
@@ -277,8 +281,8 @@ def time_ratios(
     rounds: list[dict[str, float]] = []
     for number in range(options.repetitions + 1):
         times = {name: subject.seconds() for name, subject in subjects.items()}
-        if EIGENPAIRS in times:  # which the pass that reads the layers is no part of
-            times[EIGENPAIRS] += times[BARE]
+        for name in EIGENPAIRS.keys() & times.keys():  # which the pass that reads the layers is no part of
+            times[name] += times[BARE]
         if number:  # the first round is for warming up
             rounds.append(times)
         on_round()
@@ -341,7 +345,7 @@ def measure_networks(options: argparse.Namespace, console: Console) -> tuple[dic
             torch.manual_seed(0)
             seconds, ratios = time_ratios(NETWORKS[name](), rows_of(options), options, advance)
             memory: dict[str, float] = {}
-            for row in ratios.keys() - {EIGENPAIRS} if options.memory else ():
+            for row in ratios.keys() - EIGENPAIRS.keys() if options.memory else ():
                 memory[row] = peak_memory(name, row, options)
                 advance()
             relative = {row: mebibytes / memory[BARE] for row, mebibytes in memory.items()}
