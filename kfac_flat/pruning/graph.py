@@ -157,9 +157,7 @@ class NeuronGraph:
 
     def _within_opaque(self, program: Program) -> dict[str, str]:
         """Name what submodules that are not looked into hold: even if it is called from elsewhere, they use it."""
-        outer = {
-            part: name for name in program.opaque for part in self._bare.get_submodule(name).modules()
-        }  # the innermost
+        outer = {part: name for name in program.opaque for part in self._bare.get_submodule(name).modules()}
         return {
             name: f"is inside {outer[module]}, which is not looked into"
             for name, module in self._bare.named_modules()

@@ -329,3 +329,43 @@ def test_a_block_whose_forward_wraps_its_own_is_followed_as_it_runs() -> None:
         dense[0][2].weight[:, gone] = 0
     assert torch.allclose(model(x), dense(x), atol=1e-6)
     assert not torch.allclose(model(x), whole, atol=1e-3)
+
+
+def test_functions_that_hold_each_other_are_copied_with_what_they_hold() -> None:
+    model = nn.Sequential(network()[:3], nn.Linear(6, 3))
+
+    def wrap(inner: nn.Module) -> None:
+        def even(x: Tensor, times: int) -> Tensor:
+            return x if times == 0 else odd(x, times - 1)
+
+        def odd(x: Tensor, times: int) -> Tensor:
+            return even(inner[2](torch.tanh(inner[0](x))), times - 1)
+
+        inner.forward = lambda x: odd(x, 1)
+
+    wrap(model[0])
+    assert stepped(model).step()
+    assert model[0][0].out_features + model[0][2].out_features < 14
+
+
+@pytest.mark.parametrize("change", CHANGES[:3])
+def test_a_state_fits_a_model_with_the_same_hooks_and_no_other(change: Callable[[nn.Sequential], None]) -> None:
+    def made(hooked: bool) -> tuple[nn.Sequential, NeuronPruner]:
+        model = network()
+        if not hooked:
+            return model, stepped(model)
+        change(model)
+        with pytest.warns(UserWarning, match="are not cut: 1 "):
+            return model, stepped(model)
+
+    model, pruner = made(hooked=True)
+    assert pruner.step()
+    state, x = pruner.state_dict(), torch.randn(16, 4)
+    again, resumed = made(hooked=True)
+    resumed.load_state_dict(state)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+    plain, other = made(hooked=False)
+    with pytest.raises(ValueError, match="for a model with the same forward hooks"):
+        other.load_state_dict(state)
+    assert [plain[i].out_features for i in (0, 2, 4, 6)] == [8, 6, 5, 3]
