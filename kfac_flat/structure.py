@@ -83,23 +83,40 @@ def _run_own_code(module: nn.Module, memo: Mapping[int, Any]) -> None:
     own.pop("_compiled_call_impl", None)
     for name, value in own.items():
         if isinstance(value, types.FunctionType):
-            own[name] = _rebound(value, memo)
+            own[name] = _rebound(value, memo, {})
 
 
-def _rebound(function: types.FunctionType, memo: Mapping[int, Any]) -> types.FunctionType:
-    """Return the function as it is with the copies, by ``memo``, of what its closure and its defaults hold."""
+def _rebound(
+    function: types.FunctionType, memo: Mapping[int, Any], seen: dict[int, types.FunctionType]
+) -> types.FunctionType:
+    """Return the function as it is with the copies, by ``memo``, of what its closure and its defaults hold.
+
+    Functions and methods in there are taken at what they hold, each once: one that holds itself goes on with itself.
+    """
+    seen[id(function)] = function
     try:
         held = [cell.cell_contents for cell in function.__closure__ or ()]
     except ValueError:  # a cell that is still empty
         return function
-    defaults = function.__defaults__
-    if not any(id(item) in memo for item in (*held, *(defaults or ()))):
+    defaults = function.__defaults__ or ()
+    copied = [_copied(item, memo, seen) for item in (*held, *defaults)]
+    if all(new is item for new, item in zip(copied, (*held, *defaults), strict=True)):
         return function
-    cells = tuple(types.CellType(memo.get(id(item), item)) for item in held)
-    new_defaults = None if defaults is None else tuple(memo.get(id(item), item) for item in defaults)
+    cells = tuple(types.CellType(new) for new in copied[: len(held)])
+    new_defaults = tuple(copied[len(held) :]) or None
     rebound = types.FunctionType(function.__code__, function.__globals__, function.__name__, new_defaults, cells)
     rebound.__kwdefaults__ = function.__kwdefaults__
+    seen[id(function)] = rebound
     return rebound
+
+
+def _copied(item: Any, memo: Mapping[int, Any], seen: dict[int, types.FunctionType]) -> Any:
+    """Return the copy of an object that has one, of a method bound to it, or of a function that holds it."""
+    if isinstance(item, types.MethodType) and id(item.__self__) in memo:
+        return types.MethodType(item.__func__, memo[id(item.__self__)])
+    if isinstance(item, types.FunctionType):
+        return seen.get(id(item)) or _rebound(item, memo, seen)
+    return memo.get(id(item), item)
 
 
 def _hooks_of(model: nn.Module) -> list[dict[int, Any]]:

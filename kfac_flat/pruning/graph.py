@@ -118,7 +118,7 @@ class NeuronGraph:
         self._check_traces(model, programs)
         alike = programs[True].same_as(programs[False], rules.keeps_shape)
         self._programs = {False: programs[False]} if alike else programs
-        self._ignore, self._whole = dict(ignore or {}), dict(whole or {})
+        self._ignore, self._whole = dict(ignore or {}), self._within_opaque(programs[False]) | dict(whole or {})
         self._stuck: dict[Place, str] = {}  # operations that no rule gets right, found by trial
         # Where neurons are dealt out to rows that go whole: attention heads, as far as can be foreseen.
         self._whole_rows = {
@@ -154,6 +154,15 @@ class NeuronGraph:
                     "is None), nor look sizes up in a dict or set; or move that part into a module of its own and "
                     "register a rule for it"
                 )
+
+    def _within_opaque(self, program: Program) -> dict[str, str]:
+        """Name what submodules that are not looked into hold: even if it is called from elsewhere, they use it."""
+        outer = {part: name for name in program.opaque for part in self._bare.get_submodule(name).modules()}
+        return {
+            name: f"is inside {outer[module]}, which is not looked into"
+            for name, module in self._bare.named_modules()
+            if outer.get(module, name) != name
+        }
 
     def check_code(self, model: nn.Module) -> None:
         """See that no submodule has been given code since that tracing could not see.

@@ -150,7 +150,8 @@ class Saliency:
         if len(state["total"]) != len(self.total):  # type: ignore[arg-type]
             raise ValueError(
                 "the state's saliency belongs to another number of groups than this model has: make the pruner as it "
-                "was made for the run that is resumed, with the same ignore="
+                "was made for the run that is resumed, with the same ignore= and for a model with the same forward "
+                "hooks"
             )
         self.total.copy_(state["total"])  # type: ignore[arg-type]
         self.steps.copy_(state["steps"])  # type: ignore[arg-type]

@@ -192,7 +192,8 @@ def trace(
             instead.
     """
     inputs.arguments(bare.forward)  # before tracing, whose failures are blamed on the code
-    opaque = unseen(model, inputs, is_known)
+    hooked = unseen(model, inputs, is_known)
+    opaque = dict(hooked)
     programs: dict[bool, Program] = {}
     while len(programs) < 2:
         try:
@@ -208,7 +209,8 @@ def trace(
     if opaque:
         warn_user(
             "these submodules cannot be traced, so neurons that enter or leave them are not cut: "
-            + "; ".join(f"{name} ({reason})" for name, reason in opaque.items())
+            + "; ".join(f"{name} ({reason})" for name, reason in opaque.items() if not _is_inside(name, opaque))
+            + (f". {_HOW_TO_HOOK}" if hooked else "")
         )
         copies = {name: structural_copy(model.get_submodule(name), lambda t: t.detach().clone()) for name in opaque}
         for program in programs.values():
@@ -216,6 +218,17 @@ def trace(
     if inputs.batch_size == 1:
         _check_larger_batches(model, bare, inputs, is_known, programs)
     return programs
+
+
+_HOW_TO_HOOK = (
+    "A hook that only watches is no obstacle if it returns nothing: make it a def without a return value, as a lambda "
+    "returns what it calls"
+)
+
+
+def _is_inside(name: str, others: Collection[str]) -> bool:
+    """Tell whether a submodule is inside one of the others."""
+    return any(name.startswith(f"{other}.") for other in others)
 
 
 def unseen(model: nn.Module, inputs: ExampleInputs, is_known: Callable[[nn.Module], bool]) -> dict[str, str]:
