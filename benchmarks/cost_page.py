@@ -110,7 +110,8 @@ def draw(results: Mapping[str, Mapping[str, Any]], axis: str, path: Path) -> Non
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     sizes: Sequence[int] = [result[axis] for result in results.values()]
-    for row in CURVES:
+    measured = set.intersection(*(set(result["time"]) for result in results.values()))
+    for row in (row for row in CURVES if row in measured):
         left.plot(sizes, [result["time"][row] for result in results.values()], marker="o", label=row)
     for row in ("bare SGD", "default"):
         seconds = [result["seconds"] * result["time"][row] for result in results.values()]
