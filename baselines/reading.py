@@ -91,6 +91,8 @@ def _hook(pruner: FeatureMapPruner, module: nn.Module, watch: Watcher) -> None:
 class _Hook:
     """A forward pre-hook; copies of the module carry one that does nothing, since their calls are not its own."""
 
+    keeps_channels = True  # what it returns has the same entries
+
     def __init__(self, pruner: FeatureMapPruner | None = None, watch: Watcher | None = None) -> None:
         self._pruner = None if pruner is None else weakref.ref(pruner)
         self._watch = watch

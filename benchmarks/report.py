@@ -38,10 +38,10 @@ Written by `python -m benchmarks.report` from the runs of `python -m benchmarks.
 
 - Accuracy: on the test images after the last epoch, in %, mean ± standard deviation (number of seeds); the highest mean
   is in bold.
-- Columns say what was asked for; † marks where more than {TOLERATED:.0%} less went. EigenDamage, weight pruning and
-  SNIP are asked for as many parameters as go when every layer loses that share of its neurons; where the budget is
-  MACs, EigenDamage is asked for these like all others. "neurons" below are output channels, those of projections among
-  them, and "parameters" count zeros.
+- Columns say what was asked for; † marks where more than {TOLERATED:.0%} less went, which is compared with nothing.
+  EigenDamage, weight pruning and SNIP are asked for as many parameters as go when every layer loses that share of its
+  neurons; where the budget is MACs, EigenDamage is asked for these like all others. "neurons" below are output
+  channels, those of projections among them, and "parameters" count zeros.
 - Area: under accuracy against sparsity, how much larger than that of {REFERENCE}, at the sparsities that both have.
 - Latency: of one call on {MEASURED} test images, on which rho is measured as well.
 - Sharpness: mean rise of the training loss when all weights of layers are multiplied by 1 plus normal noise of 0.1.
@@ -114,6 +114,12 @@ def matching(runs: Iterable[Record], method: str, sparsity: float) -> list[Recor
     return [r for r in runs if (r["method"], r["sparsity"]) == (method, sparsity)]
 
 
+def reached(runs: Iterable[Record], method: str, sparsity: float) -> bool:
+    """Tell whether there are a method's runs at this sparsity, and none of them fell short of it."""
+    own = matching(runs, method, sparsity)
+    return bool(own) and all(r.get("missed", 0.0) <= TOLERATED for r in own)
+
+
 def area(runs: Sequence[Record], method: str, levels: Sequence[float]) -> float:
     """Area under the polygon of mean accuracy (%) over sparsity, from the first of these levels to the last."""
     return polygon_area(levels, [mean(r["accuracy"] for r in matching(runs, method, level)) for level in levels])
@@ -121,7 +127,7 @@ def area(runs: Sequence[Record], method: str, levels: Sequence[float]) -> float:
 
 def gain(runs: Sequence[Record], method: str) -> float | None:
     """Gain in area (%) over the reference, at the sparsities that both have; None below two of them."""
-    levels = [s for s in levels_of(runs) if s and all(matching(runs, m, s) for m in (method, REFERENCE))]
+    levels = [s for s in levels_of(runs) if s and all(reached(runs, m, s) for m in (method, REFERENCE))]
     if len(levels) < 2:
         return None
     return 100 * (area(runs, method, levels) / area(runs, REFERENCE, levels) - 1)
@@ -140,15 +146,16 @@ def accuracies(runs: Sequence[Record], budget: str = "neurons") -> Iterator[str]
     """Write accuracy by method and sparsity, best means in bold."""
     levels, methods = levels_of(runs), methods_of(runs)
     found = {(m, s): [r["accuracy"] for r in matching(runs, m, s)] for m in methods for s in levels}
-    best = {s: max(mean(found[m, s]) for m in methods if found[m, s]) for s in levels}
+    best = {s: max((mean(found[m, s]) for m in methods if reached(runs, m, s)), default=None) for s in levels}
 
     def cell(method: str, level: float) -> str:
         values = found[method, level]
-        written = f"{spread(values)} ({len(values)}){short_of(method, level)}" if values else ""
-        return f"**{written}**" if values and mean(values) == best[level] else written
-
-    def short_of(method: str, level: float) -> str:
-        return " †" if any(r.get("missed", 0.0) > TOLERATED for r in matching(runs, method, level)) else ""
+        if not values:
+            return ""
+        written = f"{spread(values)} ({len(values)})"
+        if not reached(runs, method, level):
+            return f"{written} †"
+        return f"**{written}**" if mean(values) == best[level] else written
 
     def gained(method: str) -> str:
         found = gain(runs, method)

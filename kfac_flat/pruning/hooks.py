@@ -23,8 +23,10 @@ _RETURNS_AT_ONCE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYN
 def unseen_code(model: nn.Module, is_leaf: Callable[[nn.Module, str], bool]) -> dict[str, str]:
     """Name the submodules that may compute something else than tracing finds, and why.
 
-    A hook is taken at its code: one that returns nothing changes nothing, unless it writes into what it is given. The
-    model itself may have any: its inputs and outputs are no neurons. What is looked at at a leaf is all that it holds.
+    A hook is taken at its code: one that returns nothing changes nothing, unless it writes into what it is given. One
+    with an attribute ``keeps_channels`` that is true is taken at its word: whatever it returns, and however many
+    channels there are, each stays in its place and depends on no other. The model itself may have any: its inputs and
+    outputs are no neurons. What is looked at at a leaf is all that it holds.
 
     Args:
         model: The model.
@@ -59,8 +61,8 @@ def _is_patched(kind: type[nn.Module]) -> bool:
 
 
 def _may_return(hooks: Iterable[Any]) -> bool:
-    """Tell whether one of the hooks may return something."""
-    functions = map(_function, hooks)
+    """Tell whether one of the hooks may return something, other than those that say they leave channels in place."""
+    functions = (_function(hook) for hook in hooks if not getattr(hook, "keeps_channels", False))
     return any(f is None or not (_is_harmless(f) or _returns_nothing(f.__code__)) for f in functions)
 
 

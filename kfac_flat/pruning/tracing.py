@@ -222,7 +222,8 @@ def trace(
 
 _HOW_TO_HOOK = (
     "A hook that only watches is no obstacle if it returns nothing: make it a def without a return value, as a lambda "
-    "returns what it calls"
+    "returns what it calls; one that returns something but leaves each channel in its place can say so by an "
+    "attribute, hook.keeps_channels = True"
 )
 
 

@@ -56,8 +56,12 @@ def test_what_was_not_reached_is_marked() -> None:
     for run in runs:
         run["missed"] = {"hgnp": 0.009, "invented": 0.5}.get(run["method"], 0.0)
     table = rows(list(report.accuracies(runs)))
-    assert table["invented"][3] == "**99.00 (1) †**"
-    assert table["hgnp"][3] == "52.00 ± 2.00 (3)"
+    assert table["invented"][3] == "99.00 (1) †"
+    assert table["hgnp"][3] == "**52.00 ± 2.00 (3)**"
+    assert report.gain(runs, "hgnp") == report.gain(records(), "hgnp")
+    for run in runs:
+        run["missed"] = 0.5 * (run["method"] == "hgnp" and run["sparsity"] == 0.75)
+    assert report.gain(runs, "hgnp") == pytest.approx(100 * ((91 + 52) / (85 + 40) - 1)), "where it went as far"
 
 
 def test_accuracies_are_means_and_deviations_and_the_best_are_bold() -> None:

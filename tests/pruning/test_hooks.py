@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -369,3 +370,24 @@ def test_a_state_fits_a_model_with_the_same_hooks_and_no_other(change: Callable[
     with pytest.raises(ValueError, match="for a model with the same forward hooks"):
         other.load_state_dict(state)
     assert [plain[i].out_features for i in (0, 2, 4, 6)] == [8, 6, 5, 3]
+
+
+def test_a_hook_that_says_that_it_keeps_channels_in_place_freezes_nothing() -> None:
+    """As one that adds noise does; what is left of it still runs after the cut."""
+
+    def double(module: nn.Module, args: tuple[Tensor], out: Tensor) -> Tensor:
+        return 2 * out
+
+    double.keeps_channels = True
+    model = network()
+    model[1].register_forward_hook(double)
+    pruner = stepped(model)
+    x, before = torch.randn(4, 4), copy.deepcopy(model)
+    assert pruner.step()
+    assert model[0].out_features < 8
+    kept = {name: pruner.state_dict()["layers"][name]["out"] for name in ("0", "2", "4")}
+    with torch.no_grad():
+        for name, out in kept.items():
+            gone = torch.ones(before[int(name)].out_features, dtype=torch.bool).index_fill(0, out, False)
+            before[int(name) + 2].weight[:, gone] = 0
+        torch.testing.assert_close(model(x), before(x))
