@@ -5,7 +5,6 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-import itertools
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -32,13 +31,12 @@ def unseen_code(model: nn.Module, is_leaf: Callable[[nn.Module, str], bool]) -> 
         model: The model.
         is_leaf: Tells submodules, given with their name, whose forward is not looked into.
     """
-    found: dict[str, str] = {}
+    found: dict[str, str | None] = {}
     for name, module in model.named_modules():
         leaf = is_leaf(module, name)
         parts = module.modules() if leaf else (module,)
-        reasons = (reason for part in parts for reason in _reasons(part, leaf)) if name else iter(())
-        found.update((name, reason) for reason in itertools.islice(reasons, 1))
-    return found
+        found[name] = next((reason for part in parts for reason in _reasons(part, leaf)), None)
+    return {name: reason for name, reason in found.items() if name and reason}
 
 
 def _reasons(module: nn.Module, leaf: bool) -> Iterator[str]:
