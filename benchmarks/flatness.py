@@ -50,7 +50,13 @@ from benchmarks.training import Trained, Training, train
 from examples.digits import Images
 
 RESULTS = Path("benchmarks/results/flatness")
-LABELS = {"hgnp": "HGNP", "theta": "SGD", "sam": "SAM", "spectral-radius": "spectral radius of the Hessian"}
+LABELS = {
+    "hgnp": "HGNP",
+    "hgnp-every-step": "HGNP at every step",
+    "theta": "SGD",
+    "sam": "SAM",
+    "spectral-radius": "spectral radius of the Hessian",
+}
 NOISES = (0.1, 0.2, 0.3, 0.4)  # standard deviations
 DRAWS = 20
 IDENTITY = ("task", "method", "sparsity", "seed", "epochs")
@@ -149,6 +155,8 @@ Written by `python -m benchmarks.flatness --report` from the runs of `python -m 
 deviation (number of seeds). All networks start from the same weights and see the same batches; the pruned ones lose
 their neurons by the same schedule and by Theta, so that only what the optimizer descends differs.
 
+- HGNP at every step: the penalty of the batch's own labels, summed over layers, mu = 0.1, on a quarter of the batch, as
+  in [choosing mu](../howto/mu.md); HGNP: as it is by default.
 - rho: spectral radius of the K-FAC curvature, on {MEASURED} test images.
 - Hessian: its top eigenvalue, of the loss on {MEASURED} training images, in eval mode. BatchNorm lets a network lower
   rho and this by larger weights alone.
