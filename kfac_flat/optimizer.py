@@ -332,18 +332,22 @@ class FlatKFAC(OptimizerWrapper):
         if finite.device.type != "cpu" or not finite:  # what is on the host can be asked without waiting
             factor = torch.where(finite, factor, 0.0)
             penalty = {p: torch.where(finite, penalty.pop(p), 0.0) for p in list(penalty)}
-        self._mask_terms, self._held = self._at_masks(gradient, penalty, factor / steps), steps
+        self._mask_terms, self._held = self._at_masks(gradient, penalty, factor / steps, steps), steps
         self._add(penalty, factor)
         self._count_skipped(finite)
 
-    def _at_masks(self, gradient: RadiusGradient, penalty: Mapping[nn.Parameter, Tensor], factor: Tensor) -> MaskTerms:
-        """Return the gradient of so many times the penalty at masks on layers' inputs."""
+    def _at_masks(
+        self, gradient: RadiusGradient, penalty: Mapping[nn.Parameter, Tensor], factor: Tensor, steps: int
+    ) -> MaskTerms:
+        """Return the gradient of so many times the penalty at masks on layers' inputs, for so many steps."""
         weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
         direct = {}
         for name, mask in gradient.input_masks.items():
             holder = weight_of(self._inner, name)
             weight = others if holder is None else weights.get(holder, others)
             direct[name] = torch.where(factor > 0, factor * weight * mask, 0.0)
+        if steps == 1:  # p.grad holds the part through weights as it is
+            return MaskTerms(direct)
         # One layer for each weight; the gradient at the weight is that of all.
         readers = {reading_weight(m): (name, m) for name, m in self._inner.named_modules() if is_producer(m)}
         through_weights = {
