@@ -155,8 +155,8 @@ Written by `python -m benchmarks.flatness --report` from the runs of `python -m 
 deviation (number of seeds). All networks start from the same weights and see the same batches; the pruned ones lose
 their neurons by the same schedule and by Theta, so that only what the optimizer descends differs.
 
-- HGNP at every step: the penalty of the batch's own labels, summed over layers, mu = 0.1, on a quarter of the batch, as
-  in [choosing mu](../howto/mu.md); HGNP: as it is by default.
+- HGNP: as it is by default. HGNP at every step: `fisher="empirical"`, `every=1` and `mu=0.03`, all else as it is by
+  default.
 - rho: spectral radius of the K-FAC curvature, on {MEASURED} test images.
 - Hessian: its top eigenvalue, of the loss on {MEASURED} training images, in eval mode. BatchNorm lets a network lower
   rho and this by larger weights alone.
