@@ -178,6 +178,9 @@ ROWS: dict[str, Make] = {
     "survey, quarter batch": flat(every=1, survey_every=1, batch_fraction=0.25),
     "refresh, full batch": flat(every=1, survey_every=NEVER, batch_fraction=1.0),
     "survey, full batch": flat(every=1, survey_every=1, batch_fraction=1.0),
+    "refresh by own labels, quarter batch": flat(
+        every=1, survey_every=NEVER, batch_fraction=0.25, fisher="empirical", criterion=CRITERION
+    ),
     "sum over layers, quarter batch": flat(every=1, reduction="sum", batch_fraction=0.25),
     EXACT: flat(every=1, survey_every=1, batch_fraction=1.0, eigenpairs="exact"),
     "SAM": with_sam,
