@@ -261,32 +261,51 @@ def page(records: Sequence[Record], timings: Sequence[Record], pictures: Path) -
             picture = pictures / f"ablation-{setting.name}.png"
             draw_ablation(setting, picture)
             yield from ("", f"![{setting.title}]({pictures.name}/{picture.name})")
-    yield from ("", "## Not run yet", "", *(f"- `{command}`" for command in missing(records)))
+    yield from ("", "## Not run yet", "", NOT_RUN, "", *(f"- `{command}`" for command in missing(records)))
     yield from ("", "## How this was made", "", *(f"- {line}" for line in made_by(records, timings)))
 
 
 NO_SNIP = "No task has been run by both yet: `python -m benchmarks.accuracy --method snip hgnp`."
+NOT_RUN = "Or not for all of its tasks, methods and sparsities: what is there already is not repeated."
 NO_TIMINGS = "Nothing has been timed yet: `python -m benchmarks.inference`."
 
 
+LEVELS, TIMES = (0.5, 0.75, 0.85, 0.9, 0.95), (2.1, 2.55, 5.0)
+
+
+def asked_for() -> dict[str, set[tuple[str, str, float]]]:
+    """Methods, budgets and sparsities of the whole race, by the options that ask for them."""
+    methods = tuple(dict.fromkeys((*COMPARED[1:], *ABLATION, *PEERS)))
+    race = f"--method {' '.join(methods)}"
+    return {
+        "--method sgd --sparsity 0": {("sgd", "neurons", 0.0)},
+        f"{race} --sparsity {' '.join(f'{level:g}' for level in LEVELS)}": {
+            (method, "neurons", level) for method in methods for level in LEVELS
+        },
+        f"{race} --speedup {' '.join(f'{times:g}' for times in TIMES)}": {
+            (method, "macs", 1 - 1 / times) for method in methods for times in TIMES
+        },
+    }
+
+
 def missing(records: Sequence[Record]) -> Iterator[str]:
-    """Write the commands for tasks of which there are no runs, those that are run alike in one; large ones on a GPU."""
-    left: dict[str, list[str]] = {}
+    """Write the commands of which not all has been run, for tasks that are run alike in one; large ones on a GPU."""
+    alike: dict[str, list[str]] = {}
     for name, task in TASKS.items():
-        if name not in {r["task"] for r in records}:
-            large = name.startswith(("cifar10", "flowers")) and not name.endswith("-small")
-            given = f" --pretrained {name.split('-')[1]}.pt" if task.pretrained else ""
-            options = f"{given} --data-root DATA{' --device cuda --amp bf16 --channels-last' if large else ''}"
-            left.setdefault(options, []).append(name)
-    methods = " ".join(dict.fromkeys((*COMPARED[1:], *ABLATION, *PEERS)))
-    for options, names in left.items():
-        start = f"python -m benchmarks.accuracy --task {' '.join(names)}{options}"
-        for asked_for in (
-            "--method sgd --sparsity 0",
-            f"--method {methods} --sparsity 0.5 0.75 0.85 0.9 0.95",
-            f"--method {methods} --speedup 2.1 2.55 5",
-        ):
-            yield f"{start} {asked_for}"
+        large = name.startswith(("cifar10", "flowers")) and not name.endswith("-small")
+        given = f" --pretrained {name.split('-')[1]}.pt" if task.pretrained else ""
+        root = "" if name == "digits" else " --data-root DATA"
+        alike.setdefault(f"{given}{root}{' --device cuda --amp bf16 --channels-last' if large else ''}", []).append(
+            name
+        )
+    done: dict[str, set[tuple[str, str, float]]] = {name: set() for name in TASKS}
+    for r in records:
+        if r["epochs"] == TASKS[r["task"]].epochs:
+            done[r["task"]].add((r["method"], r["budget"], r["sparsity"]))
+    for options, names in alike.items():
+        for what, runs in asked_for().items():
+            if left := [name for name in names if not runs <= done[name]]:
+                yield f"python -m benchmarks.accuracy --task {' '.join(left)}{options} {what}"
 
 
 def made_by(records: Sequence[Record], timings: Sequence[Record]) -> Iterator[str]:
