@@ -266,7 +266,9 @@ def page(records: Sequence[Record], timings: Sequence[Record], pictures: Path) -
 
 
 NO_SNIP = "No task has been run by both yet: `python -m benchmarks.accuracy --method snip hgnp`."
-NOT_RUN = "Or not for all of its tasks, methods and sparsities: what is there already is not repeated."
+NOT_RUN = """\
+Of each command something is missing, a task, a method or a sparsity; what is there is not repeated. How many seeds
+there are is not looked at."""
 NO_TIMINGS = "Nothing has been timed yet: `python -m benchmarks.inference`."
 
 
@@ -300,7 +302,7 @@ def missing(records: Sequence[Record]) -> Iterator[str]:
         )
     done: dict[str, set[tuple[str, str, float]]] = {name: set() for name in TASKS}
     for r in records:
-        if r["epochs"] == TASKS[r["task"]].epochs:
+        if r["task"] in TASKS and r["epochs"] == TASKS[r["task"]].epochs:
             done[r["task"]].add((r["method"], r["budget"], r["sparsity"]))
     for options, names in alike.items():
         for what, runs in asked_for().items():

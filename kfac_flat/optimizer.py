@@ -137,8 +137,8 @@ class FlatKFAC(OptimizerWrapper):
             single batch.
         fisher: ``"sampled"``: the true Fisher, whose labels are the model's own prediction, by one random combination
             of their gradients per example (see ``kfac_flat.likelihood``); ``"empirical"``: the batch's labels, as
-            remembered by a hook on ``criterion``. These, with ``every=1`` and ``mu=0.03``, are for minima about as flat
-            as SAM's.
+            remembered by a hook on ``criterion``. The batch's labels with ``every=1`` and ``mu=0.03`` made minima of a
+            dense network about as flat as SAM's.
         criterion: The loss module called in the training loop as ``criterion(model(x), y)``; for
             ``fisher="empirical"`` only.
         likelihood: What the model's output means, or the ``logits`` in it where it is a mapping, for the true Fisher:
@@ -333,22 +333,18 @@ class FlatKFAC(OptimizerWrapper):
         if finite.device.type != "cpu" or not finite:  # what is on the host can be asked without waiting
             factor = torch.where(finite, factor, 0.0)
             penalty = {p: torch.where(finite, penalty.pop(p), 0.0) for p in list(penalty)}
-        self._mask_terms, self._held = self._at_masks(gradient, penalty, factor / steps, steps), steps
+        self._mask_terms, self._held = self._at_masks(gradient, penalty, factor / steps), steps
         self._add(penalty, factor)
         self._count_skipped(finite)
 
-    def _at_masks(
-        self, gradient: RadiusGradient, penalty: Mapping[nn.Parameter, Tensor], factor: Tensor, steps: int
-    ) -> MaskTerms:
-        """Return the gradient of so many times the penalty at masks on layers' inputs, for so many steps."""
+    def _at_masks(self, gradient: RadiusGradient, penalty: Mapping[nn.Parameter, Tensor], factor: Tensor) -> MaskTerms:
+        """Return the gradient of so many times the penalty at masks on layers' inputs."""
         weights, others = self._weights(gradient.rho), self._weight({}, gradient.rho)
         direct = {}
         for name, mask in gradient.input_masks.items():
             holder = weight_of(self._inner, name)
             weight = others if holder is None else weights.get(holder, others)
             direct[name] = torch.where(factor > 0, factor * weight * mask, 0.0)
-        if steps == 1:  # p.grad holds the part through weights as it is
-            return MaskTerms(direct)
         # One layer for each weight; the gradient at the weight is that of all.
         readers = {reading_weight(m): (name, m) for name, m in self._inner.named_modules() if is_producer(m)}
         through_weights = {
