@@ -43,6 +43,7 @@ COMPARED = ("sgd", "hgnp", "hgnp-plain", "hybrid", "taylor", "eigendamage", "mag
 ABLATION = ("hgnp", "penalty-in-theta-only", "penalty-in-training-only", "theta", "taylor")
 RACED = ("hgnp", "taylor", "hybrid")  # areas are compared among these
 PEERS = ("sam+taylor", "spectral-radius+taylor", "tp-group-taylor", "tp-group-magnitude", "tp-group-norm")
+LEVELS, TIMES = (0.5, 0.75, 0.85, 0.9, 0.95), (2.1, 2.55, 5.0)  # shares of neurons, and how many times fewer MACs
 TRAINING_IMAGES = {"digits": 1_347, "mnist": 60_000, "cifar10": 50_000, "cifar10-small": 10_000, "flowers": 2_040}
 
 # ---------------------------------------------------------------- table 1: training time
@@ -272,9 +273,6 @@ there are is not looked at."""
 NO_TIMINGS = "Nothing has been timed yet: `python -m benchmarks.inference`."
 
 
-LEVELS, TIMES = (0.5, 0.75, 0.85, 0.9, 0.95), (2.1, 2.55, 5.0)
-
-
 def asked_for() -> dict[str, set[tuple[str, str, float]]]:
     """Methods, budgets and sparsities of the whole race, by the options that ask for them."""
     methods = tuple(dict.fromkeys((*COMPARED[1:], *ABLATION, *PEERS)))
@@ -297,9 +295,8 @@ def missing(records: Sequence[Record]) -> Iterator[str]:
         large = name.startswith(("cifar10", "flowers")) and not name.endswith("-small")
         given = f" --pretrained {name.split('-')[1]}.pt" if task.pretrained else ""
         root = "" if name == "digits" else " --data-root DATA"
-        alike.setdefault(f"{given}{root}{' --device cuda --amp bf16 --channels-last' if large else ''}", []).append(
-            name
-        )
+        options = f"{given}{root}{' --device cuda --amp bf16 --channels-last' if large else ''}"
+        alike.setdefault(options, []).append(name)
     done: dict[str, set[tuple[str, str, float]]] = {name: set() for name in TASKS}
     for r in records:
         if r["task"] in TASKS and r["epochs"] == TASKS[r["task"]].epochs:
