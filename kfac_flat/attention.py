@@ -74,12 +74,12 @@ class FewerHeadsAttention(nn.MultiheadAttention):
             heads = weights @ v
         else:
             heads = F.scaled_dot_product_attention(q, k, v, mask, dropout)
-        out: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
+        out = self._joined(heads)
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
         if not batched:
-            return out.squeeze(0), None if weights is None else weights.squeeze(0)
-        return out if self.batch_first else out.transpose(0, 1), weights
+            return out.squeeze(1), None if weights is None else weights.squeeze(0)
+        return out.transpose(0, 1) if self.batch_first else out, weights
 
     def _projected(self, *sequences: Tensor) -> list[Tensor]:
         """Project query, key and value, ``[N, T, features]`` each, to ``[N, T, heads * head_dim]``."""
@@ -88,6 +88,14 @@ class FewerHeadsAttention(nn.MultiheadAttention):
     def _heads(self, projected: Tensor) -> Tensor:
         """View ``[N, T, heads * head_dim]`` as ``[N, heads, T, head_dim]``."""
         return projected.reshape(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def _joined(self, heads: Tensor) -> Tensor:
+        """Project all heads, ``[N, heads, T, head_dim]``, to ``[T, N, features]``.
+
+        Time comes first in memory, as in torch: dropout behind it draws in the order of memory.
+        """
+        out: Tensor = self.out_proj(heads.permute(2, 0, 1, 3).flatten(2))
+        return out
 
     @staticmethod
     def _mask(padding: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -123,6 +131,10 @@ class ProjectingAttention(FewerHeadsAttention):
             vars(layer).update(weight=weight, bias=bias)  # parts of what the optimizer changes in place
             projected.append(layer(t))
         return projected
+
+    def _joined(self, heads: Tensor) -> Tensor:
+        out: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))  # layers are read with examples first
+        return out.transpose(0, 1).contiguous()
 
 
 def is_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac_flat.attention import FewerHeadsAttention
+from kfac_flat.attention import FewerHeadsAttention, call_projections
 from tests.pruning.masking import distance
 
 WIDTH, HEADS, EXAMPLES, QUERIES, KEYS = 12, 3, 4, 5, 7
@@ -152,3 +152,23 @@ def test_the_hint_that_attention_is_causal_asks_for_the_mask_as_torchs_does() ->
     for module in attention():
         with pytest.raises(RuntimeError, match="is_causal"):
             module(*sequences(), is_causal=True)
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("layout", ["batch_first", "batch_second", "unbatched"])
+def test_what_dropout_draws_behind_it_is_what_it_draws_behind_torchs(layout: str, need_weights: bool) -> None:
+    """Dropout draws in the order of memory, not of axes."""
+    theirs, ours = attention(batch_first=layout == "batch_first")
+    args = sequences(theirs.batch_first, batched=layout != "unbatched")
+    projecting = copy.deepcopy(theirs)
+    call_projections(projecting)
+    expected = theirs(*args, need_weights=need_weights)[0]
+    for module in (ours, projecting):
+        found = module(*args, need_weights=need_weights)[0]
+        assert found.stride() == expected.stride()
+        with torch.random.fork_rng():
+            masks = []
+            for t in (found, expected):
+                torch.manual_seed(1)
+                masks.append(nn.functional.dropout(t, 0.5).detach())
+        assert distance(masks[:1], masks[1:]) < 1e-12

@@ -141,7 +141,7 @@ def replacement(t: Tensor, new: Tensor, gradient: Tensor | None) -> Tensor:
         if hasattr(t, "grad_dtype"):  # not in every version of torch
             new.grad_dtype = t.grad_dtype
         new.grad = gradient
-    vars(new).update(vars(t))
+    vars(new).update(vars(t) | vars(new))  # a tensor class may keep what it holds in attributes
     for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
         if getattr(t, hooks, None):
             setattr(new, hooks, getattr(t, hooks))

@@ -237,6 +237,26 @@ def test_torchs_encoder_layer_is_read_as_a_whole(norm_first: bool, training: boo
     assert len(optimizer.radii()) == 2 + 2 * (len(PARTS) + 2)
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_dropout_in_torchs_encoder_layer_is_that_of_the_pass(batch_first: bool) -> None:
+    """There would be a warning, and so an error, that the copy computes something else than the model."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(4, WIDTH), nn.Linear(WIDTH, 3)
+            self.layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 12, 0.5, batch_first=batch_first)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.embed(x) if batch_first else self.embed(x).transpose(0, 1)
+            return self.head(self.layer(hidden).mean(1 if batch_first else 0))
+
+    model = seeded(Encoder)
+    optimizer = plain(model, mu=0.3)
+    penalty(model, optimizer, *batch(6, LENGTH, 4))
+    assert optimizer.rho > 0
+
+
 class Own(nn.MultiheadAttention):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x, x, x, need_weights=False)[0]
