@@ -14,6 +14,7 @@ from statistics import mean, stdev
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from baselines.hybrid import area as polygon_area
 from benchmarks.accuracy import MEASURED, RESULTS, TOLERATED
@@ -180,21 +181,29 @@ def _short(value: float) -> str:
 
 
 def draw(runs: Sequence[Record], path: Path, title: str, budget: str = "neurons") -> None:
-    """Draw accuracy against sparsity, and against the share of MACs that is left."""
+    """Draw accuracy against what was asked for, at even distances, and against the MACs that are left.
+
+    What was never pruned is a line across, and one point more.
+    """
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    dense = max(r["macs"] for r in runs)
+    levels = list(filter(None, levels_of(runs)))
     for i, method in enumerate(methods_of(runs)):
-        groups = [matching(runs, method, level) for level in levels_of(runs)]
+        groups = [matching(runs, method, level) for level in levels]
         line = {"label": method, "color": f"C{i % 10}", "linestyle": STYLES[i // 10 % len(STYLES)]}
-        _curve(left, [(mean(r["sparsity"] for r in g), g) for g in groups if g], line)
-        _curve(right, [(mean(r["macs"] for r in g) / dense, g) for g in groups if g], line)
-    left.set(
-        xlabel=f"share of {'MACs' if budget == 'macs' else budget} removed",
-        ylabel="test accuracy after the last epoch, %",
-        title=title,
-    )
-    right.set(xlabel="share of MACs left", xscale="log")
+        if dense := matching(runs, method, 0):
+            left.axhline(mean(r["accuracy"] for r in dense), linewidth=0.8, **(line | {"label": f"{method}, dense"}))
+            _curve(right, [(mean(r["macs"] for r in dense), dense)], line)
+        if any(groups):
+            _curve(left, [(i, g) for i, g in enumerate(groups) if g], line)
+            _curve(right, [(mean(r["macs"] for r in g), g) for g in groups if g], line)
+    what = "neurons removed" if budget == "neurons" else "fewer MACs"
+    left.set(xlabel=what, ylabel="test accuracy after the last epoch, %", title=title)
+    left.set_xticks(range(len(levels)), [asked(level, budget).split()[0] for level in levels])
+    right.set(xlabel="MACs left, for one image", xscale="log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter(EngFormatter(sep=""))
+    right.xaxis.set_minor_formatter(NullFormatter())
     right.invert_xaxis()
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=110)
