@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.defaults import SGD
 from benchmarks.records import Record, how_made, spread
-from benchmarks.report import table
+from benchmarks.report import label_logarithmic, table
 
 PREFACE = """\
 # Does rho follow the true curvature, and do networks lower it by growing their weights?
@@ -187,6 +187,7 @@ def draw_layers(run: Record, path: Path, title: str) -> None:
             style = ":" if kind == "rho" else "--" if kind == "hessian" else "-"
             axes.plot(epochs, [at["layers"][name][kind] for at in run["measured"]], style, color=colour)
         axes.set(title=name, xlabel="epoch", yscale="log")
+        label_logarithmic(axes.yaxis)
     for axes in panels[len(names) :]:
         axes.set_visible(False)
     first = figure.axes[0]
@@ -222,7 +223,10 @@ def draw_settings(runs: Sequence[Record], path: Path) -> None:
             stops = [mean(of(at) for at in same) for same in zip(*own, strict=True)]
             axes.plot([at["epoch"] for at in own[0]], stops, color=f"C{i}", label=setting)
         axes.set_title(title, fontsize=10)
-        axes.set(xlabel="epoch", yscale="linear" if title == "sharpness" else "log")  # which may be negative
+        axes.set(xlabel="epoch")
+        if title != "sharpness":  # which may be negative
+            axes.set_yscale("log")
+            label_logarithmic(axes.yaxis)
     first = figure.axes[0]
     figure.legend(*first.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)

@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, Formatter, LogLocator, NullFormatter
 
 from baselines.hybrid import area as polygon_area
 from benchmarks.accuracy import MEASURED, RESULTS, TOLERATED
@@ -201,12 +202,17 @@ def draw(runs: Sequence[Record], path: Path, title: str, budget: str = "neurons"
     left.set(xlabel=what, ylabel="test accuracy after the last epoch, %", title=title)
     left.set_xticks(range(len(levels)), [asked(level, budget).split()[0] for level in levels])
     right.set(xlabel="MACs left, for one image", xscale="log")
-    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.xaxis.set_major_formatter(EngFormatter(sep=""))
-    right.xaxis.set_minor_formatter(NullFormatter())
+    label_logarithmic(right.xaxis, EngFormatter(sep=""))
     right.invert_xaxis()
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=110)
+
+
+def label_logarithmic(axis: Axis, formatter: Formatter | str = "{x:g}") -> None:
+    """Write numbers, not powers of ten, at a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(formatter)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _curve(axes: Axes, points: Sequence[tuple[float, Sequence[Record]]], line: dict[str, str]) -> None:
