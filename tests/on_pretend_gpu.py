@@ -24,16 +24,23 @@ CRITERION = nn.CrossEntropyLoss()
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
-    """Enter the device; what the library copies to the host it copies without waiting on CUDA, and so it may."""
+    """Enter the device, which copies to the host as CUDA does: without waiting, if it is not read in the same step."""
     with PretendGPU() as gpu:
-        put = HostCopy.put
+        put, get = HostCopy.put, HostCopy.get
 
         def put_without_waiting(copy: HostCopy, value: Tensor) -> None:
             before, gpu.waiting_allowed = gpu.waiting_allowed, True
             put(copy, value)
             gpu.waiting_allowed = before
+            gpu.on_the_way.add(id(copy))
+
+        def get_what_has_arrived(copy: HostCopy) -> Tensor | None:
+            if id(copy) in gpu.on_the_way and not gpu.waiting_allowed:
+                raise HostWaitsError("what was put in this very step")
+            return get(copy)
 
         monkeypatch.setattr(HostCopy, "put", put_without_waiting)
+        monkeypatch.setattr(HostCopy, "get", get_what_has_arrived)
         yield gpu
 
 
@@ -44,6 +51,8 @@ def test_pretended_device_refuses_what_a_gpu_does(gpu: PretendGPU) -> None:
     with pytest.raises(MixedDevicesError):
         a @ torch.randn(4, 2)
     with pytest.raises(MixedDevicesError):
+        torch.stack([a.sum(), torch.tensor(1.0)])
+    with pytest.raises(MixedDevicesError):
         torch.randn(3, device=DEVICE, generator=torch.Generator())
     with gpu.without_waiting():
         assert isinstance(a * torch.tensor(2.0) + 1, OnDevice)
@@ -51,6 +60,7 @@ def test_pretended_device_refuses_what_a_gpu_does(gpu: PretendGPU) -> None:
             lambda: a.sum().item(), lambda: bool(a.sum() > 0), lambda: a.cpu(), lambda: a.tolist(), lambda: a.nonzero(),
             lambda: a[a > 0], lambda: a.masked_select(a > 0), lambda: torch.randn(3).to(DEVICE), lambda: a.unique(),
             lambda: torch.tensor([1.0], device=DEVICE), lambda: a[0].copy_(torch.randn(4)), lambda: torch.equal(a, a),
+            lambda: torch.allclose(a, a),
         ):  # fmt: skip
             with pytest.raises(HostWaitsError):
                 waiting()

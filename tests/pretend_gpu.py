@@ -23,10 +23,14 @@ aten = torch.ops.aten
 
 # What asks the device for a value, or for a shape that depends on values.
 WAITING = {
-    aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default, aten.nonzero.default,
-    aten.masked_select.default, aten.bincount.default, aten.unique_consecutive.default, aten.unique_dim.default,
-    aten._unique2.default, aten.repeat_interleave.Tensor,
+    aten._local_scalar_dense.default, aten.allclose.default, aten.equal.default, aten.is_nonzero.default,
+    aten.nonzero.default, aten.masked_select.default, aten.bincount.default, aten.unique_consecutive.default,
+    aten.unique_dim.default, aten._unique2.default, aten.repeat_interleave.Tensor,
 }  # fmt: skip
+JOINING = {
+    aten.cat.default,
+    aten.stack.default,
+}  # unlike what works on numbers one by one, no scalars of the CPU either
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -112,6 +116,7 @@ class PretendGPU(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waiting_allowed = True
+        self.on_the_way: set[int] = set()  # what is being copied to the host, by id
 
     def __enter__(self) -> PretendGPU:
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device=...) goes by way of the CPU
@@ -125,6 +130,7 @@ class PretendGPU(TorchDispatchMode):
     def without_waiting(self) -> Iterator[None]:
         """Raise HostWaitsError for what makes the host wait."""
         self.waiting_allowed = False
+        self.on_the_way.clear()
         try:
             yield
         finally:
@@ -156,7 +162,8 @@ class PretendGPU(TorchDispatchMode):
         """Raise what a GPU would, or what the host has to wait for."""
         copies = operation in (aten.copy_.default, aten._to_copy.default)
         positions = args[1] if operation in INDEXING else []  # which torch takes from either device
-        if there and not copies and any(t.dim() and not any(t is i for i in positions) for t in here):
+        taken = [t for t in here if (not t.dim() and operation not in JOINING) or any(t is i for i in positions)]
+        if there and not copies and len(taken) < len(here):
             raise MixedDevicesError(f"{operation} has tensors of both devices")
         generator = kwargs.get("generator")
         if generator is not None and (Generator.asked[generator._cdata] == "pretend") != goes_there:
