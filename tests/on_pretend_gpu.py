@@ -97,6 +97,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"penalty": "linear", "clip": None, "rho_max": 0.1, "batch_fraction": 1.0, "every": 2},
     "sum": {"reduction": "sum", "every": 2, "survey_every": 4},
     "scheduled": {"mu": lambda step: 0.01 * (step + 1), "rho_max": lambda step: 0.1, "every": 2},
+    "by group": {"every": 2},
+    "two micro-batches": {"every": 2},
 }
 STEPS, CUT = 10, 4
 
@@ -107,6 +109,7 @@ def train(
     device: torch.device,
     gpu: PretendGPU | None = None,
     pruner_of: Callable[[nn.Module, Optimizer, Batch], Any] | None = None,
+    micro_batches: int = 1,
 ) -> tuple[dict[str, Tensor], Any]:
     """Train for some steps, in the middle of which a pruner is stepped; return the weights and the pruner's report.
 
@@ -122,15 +125,17 @@ def train(
     for step in range(STEPS):
         with gpu.without_waiting() if gpu and step and not (report and step <= CUT + 2) else nullcontext():
             optimizer.zero_grad()
-            CRITERION(model(images), labels).backward()
+            for part, own in zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True):
+                (CRITERION(model(part), own) / micro_batches).backward()
             optimizer.step()
         if pruner and step == CUT:
             report = pruner.step()
     return {name: t.cpu() for name, t in model.state_dict().items()}, report
 
 
-def sgd(model: nn.Module) -> SGD:
-    return SGD(model.parameters(), lr=0.05, momentum=0.9)
+def sgd(model: nn.Module, **options_of_first: float) -> SGD:
+    first, *rest = model.parameters()
+    return SGD([{"params": [first], **options_of_first}, {"params": rest}], lr=0.05, momentum=0.9)
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -146,11 +151,13 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("network", MODELS)
 def test_steps_are_those_of_the_cpu_and_do_not_make_the_host_wait(gpu: PretendGPU, network: str, options: str) -> None:
     def optimizer_of(model: nn.Module) -> FlatKFAC:
-        return FlatKFAC(sgd(model), model, **OPTIONS[options])
+        base = sgd(model, mu=0.1) if options == "by group" else sgd(model)
+        return FlatKFAC(base, model, **OPTIONS[options])
 
-    here, _ = train(optimizer_of, MODELS[network], torch.device("cpu"))
-    there, _ = train(optimizer_of, MODELS[network], DEVICE, gpu)
-    plain, _ = train(sgd, MODELS[network], DEVICE)
+    parts = 2 if options == "two micro-batches" else 1
+    here, _ = train(optimizer_of, MODELS[network], torch.device("cpu"), micro_batches=parts)
+    there, _ = train(optimizer_of, MODELS[network], DEVICE, gpu, micro_batches=parts)
+    plain, _ = train(sgd, MODELS[network], DEVICE, micro_batches=parts)
     assert_same(there, here)
     assert any(not torch.equal(plain[name], t) for name, t in here.items())
 

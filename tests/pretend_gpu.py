@@ -25,7 +25,8 @@ aten = torch.ops.aten
 WAITING = {
     aten._local_scalar_dense.default, aten.allclose.default, aten.equal.default, aten.is_nonzero.default,
     aten.nonzero.default, aten.masked_select.default, aten.bincount.default, aten.unique_consecutive.default,
-    aten.unique_dim.default, aten._unique2.default, aten.repeat_interleave.Tensor,
+    aten.unique_dim.default, aten._unique2.default, aten.repeat_interleave.Tensor, aten._linalg_eigh.default,
+    aten._linalg_svd.default,
 }  # fmt: skip
 JOINING = {
     aten.cat.default,
@@ -103,7 +104,7 @@ class OnDevice(Tensor):
         return self.cpu().tolist()
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"OnDevice({self.held})"
+        return f"OnDevice({self.cpu()})"
 
 
 class PretendGPU(TorchDispatchMode):
