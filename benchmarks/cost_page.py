@@ -36,9 +36,11 @@ ON_A_GPU = """\
 ## On a GPU
 
 Not measured yet. Meanwhile `python -m pytest tests/test_pretend_gpu.py` runs the optimizers and pruners on a device
-that is not the CPU, made of the CPU's tensors: mixing devices, or asking the device for a value on the way, is an error
-there, and all comes out as on the CPU to the last bit. But for the first refresh and the first after a cut, no step
-waits for the device; what a device's own kernels do is not seen. These commands will tell:
+that is not the CPU, made of the CPU's tensors: mixing devices is an error there, and all comes out as on the CPU to the
+last bit. Steps of FlatKFAC and the readings of pruners do not wait for the device either, but for the first refresh,
+the first after a cut or with a layer that was not there before, `eigenpairs="exact"`, and gradients accumulated over
+micro-batches with an argument that has no axis of examples. What a device's own kernels do is not seen. These commands
+will tell:
 
     python -m pytest tests/test_gpu.py
     python -m benchmarks.step_cost --device cuda --batch-size 128 --name cuda

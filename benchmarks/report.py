@@ -44,6 +44,7 @@ Written by `python -m benchmarks.report` from the runs of `python -m benchmarks.
   EigenDamage, weight pruning and SNIP are asked for as many parameters as go when every layer loses that share of its
   neurons; where the budget is MACs, EigenDamage is asked for these like all others. "neurons" below are output
   channels, those of projections among them, and "parameters" count zeros.
+- Pictures: on the left at even distances, without what is marked †.
 - Area: under accuracy against sparsity, how much larger than that of {REFERENCE}, at the sparsities that both have.
 - Latency: of one call on {MEASURED} test images, on which rho is measured as well.
 - Sharpness: mean rise of the training loss when all weights of layers are multiplied by 1 plus normal noise of 0.1.
@@ -196,7 +197,7 @@ def draw(runs: Sequence[Record], path: Path, title: str, budget: str = "neurons"
             left.axhline(mean(r["accuracy"] for r in dense), linewidth=0.8, **(line | {"label": f"{method}, dense"}))
             _curve(right, [(mean(r["macs"] for r in dense), dense)], line)
         if any(groups):
-            _curve(left, [(i, g) for i, g in enumerate(groups) if g], line)
+            _curve(left, [(i, g) for i, g in enumerate(groups) if g and reached(g, method, levels[i])], line)
             _curve(right, [(mean(r["macs"] for r in g), g) for g in groups if g], line)
     what = "neurons removed" if budget == "neurons" else "fewer MACs"
     left.set(xlabel=what, ylabel="test accuracy after the last epoch, %", title=title)

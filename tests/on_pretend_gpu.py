@@ -26,21 +26,27 @@ CRITERION = nn.CrossEntropyLoss()
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendGPU]:
     """Enter the device, which copies to the host as CUDA does: without waiting, if it is not read in the same step."""
     with PretendGPU() as gpu:
-        put, get = HostCopy.put, HostCopy.get
+        put, get, peek = HostCopy.put, HostCopy.get, HostCopy.peek
 
         def put_without_waiting(copy: HostCopy, value: Tensor) -> None:
             before, gpu.waiting_allowed = gpu.waiting_allowed, True
-            put(copy, value)
-            gpu.waiting_allowed = before
+            try:
+                put(copy, value)
+            finally:
+                gpu.waiting_allowed = before
             gpu.on_the_way.add(id(copy))
 
+        def is_on_the_way(copy: HostCopy) -> bool:
+            return id(copy) in gpu.on_the_way and not gpu.waiting_allowed
+
         def get_what_has_arrived(copy: HostCopy) -> Tensor | None:
-            if id(copy) in gpu.on_the_way and not gpu.waiting_allowed:
+            if is_on_the_way(copy):
                 raise HostWaitsError("what was put in this very step")
             return get(copy)
 
         monkeypatch.setattr(HostCopy, "put", put_without_waiting)
         monkeypatch.setattr(HostCopy, "get", get_what_has_arrived)
+        monkeypatch.setattr(HostCopy, "peek", lambda copy: None if is_on_the_way(copy) else peek(copy))
         yield gpu
 
 
@@ -53,6 +59,8 @@ def test_pretended_device_refuses_what_a_gpu_does(gpu: PretendGPU) -> None:
     with pytest.raises(MixedDevicesError):
         torch.stack([a.sum(), torch.tensor(1.0)])
     with pytest.raises(MixedDevicesError):
+        torch.tensor(0.0).add_(a.sum())
+    with pytest.raises(MixedDevicesError):
         torch.randn(3, device=DEVICE, generator=torch.Generator())
     with gpu.without_waiting():
         assert isinstance(a * torch.tensor(2.0) + 1, OnDevice)
@@ -60,7 +68,7 @@ def test_pretended_device_refuses_what_a_gpu_does(gpu: PretendGPU) -> None:
             lambda: a.sum().item(), lambda: bool(a.sum() > 0), lambda: a.cpu(), lambda: a.tolist(), lambda: a.nonzero(),
             lambda: a[a > 0], lambda: a.masked_select(a > 0), lambda: torch.randn(3).to(DEVICE), lambda: a.unique(),
             lambda: torch.tensor([1.0], device=DEVICE), lambda: a[0].copy_(torch.randn(4)), lambda: torch.equal(a, a),
-            lambda: torch.allclose(a, a),
+            lambda: torch.allclose(a, a), lambda: torch.linalg.eigh(a @ a.T), lambda: f"{a.sum()}",
         ):  # fmt: skip
             with pytest.raises(HostWaitsError):
                 waiting()
@@ -97,6 +105,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"penalty": "linear", "clip": None, "rho_max": 0.1, "batch_fraction": 1.0, "every": 2},
     "sum": {"reduction": "sum", "every": 2, "survey_every": 4},
     "scheduled": {"mu": lambda step: 0.01 * (step + 1), "rho_max": lambda step: 0.1, "every": 2},
+    "bernoulli": {"likelihood": "bernoulli", "every": 2},
     "by group": {"every": 2},
     "two micro-batches": {"every": 2},
 }

@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 aten = torch.ops.aten
 
-# What asks the device for a value, or for a shape that depends on values.
+# What asks the device for a value, for a shape that depends on values, or whether a matrix could be decomposed.
 WAITING = {
     aten._local_scalar_dense.default, aten.allclose.default, aten.equal.default, aten.is_nonzero.default,
     aten.nonzero.default, aten.masked_select.default, aten.bincount.default, aten.unique_consecutive.default,
-    aten.unique_dim.default, aten._unique2.default, aten.repeat_interleave.Tensor, aten._linalg_eigh.default,
-    aten._linalg_svd.default,
+    aten.unique_dim.default, aten._unique2.default, aten.repeat_interleave.Tensor, aten.multinomial.default,
+    aten._linalg_eigh.default, aten._linalg_svd.default, aten._linalg_check_errors.default, aten.linalg_lstsq.default,
 }  # fmt: skip
 JOINING = {
     aten.cat.default,
@@ -130,12 +130,12 @@ class PretendGPU(TorchDispatchMode):
     @contextmanager
     def without_waiting(self) -> Iterator[None]:
         """Raise HostWaitsError for what makes the host wait."""
-        self.waiting_allowed = False
+        before, self.waiting_allowed = self.waiting_allowed, False
         self.on_the_way.clear()
         try:
             yield
         finally:
-            self.waiting_allowed = True
+            self.waiting_allowed = before
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation on what the tensors hold."""
@@ -164,7 +164,8 @@ class PretendGPU(TorchDispatchMode):
         copies = operation in (aten.copy_.default, aten._to_copy.default)
         positions = args[1] if operation in INDEXING else []  # which torch takes from either device
         taken = [t for t in here if (not t.dim() and operation not in JOINING) or any(t is i for i in positions)]
-        if there and not copies and len(taken) < len(here):
+        writes_here = operation._schema.is_mutable and args and any(args[0] is t for t in here)
+        if there and not copies and (len(taken) < len(here) or writes_here):
             raise MixedDevicesError(f"{operation} has tensors of both devices")
         generator = kwargs.get("generator")
         if generator is not None and (Generator.asked[generator._cdata] == "pretend") != goes_there:

@@ -170,7 +170,9 @@ def exchange(t: Tensor, new: Tensor, name: str) -> Change:
     def take_back() -> None:
         if t._cdata != before:
             # Not the tensor swapped out, but another one on its memory: torch lets no later backward use the former.
-            _swap(t, replacement(new, new.detach(), new.grad))
+            again = replacement(new, new.detach(), new.grad)
+            vars(again).update(vars(new))
+            _swap(t, again)
 
     return Change(make, take_back)
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn, optim
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map_only
 
 from kfac_flat import CutError, FlatKFAC, NeuronPruner
 from kfac_flat.pruning import surgery
@@ -251,6 +253,42 @@ def test_module_hooks_and_user_attributes_stay() -> None:
     assert calls == [1]
     assert model[3].conv1.weight.no_decay == "yes"
     assert model[3].conv1.note == {"mine": 1}
+
+
+class Holding(Tensor):
+    """Keeps its numbers in an attribute, as classes of quantised tensors do, and has another that users may set."""
+
+    held: Tensor
+    tag: str | None
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Holding:
+        return Tensor._make_wrapper_subclass(cls, held.size(), dtype=held.dtype)  # type: ignore[attr-defined]
+
+    def __init__(self, held: Tensor) -> None:
+        self.held, self.tag = held, None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inner = tree_map_only(Holding, lambda t: t.held, (args, kwargs or {}))
+        return return_and_correct_aliasing(
+            operation, args, kwargs or {}, tree_map_only(Tensor, Holding, operation(*inner[0], **inner[1]))
+        )
+
+
+def test_a_tensor_class_that_keeps_its_numbers_in_an_attribute_is_cut_and_put_back() -> None:
+    numbers = torch.arange(12.0).view(4, 3)
+    weight = nn.Parameter(Holding(numbers))
+    weight.tag = "the user's"
+    smaller = surgery.replacement(weight, surgery.select(weight, {0: torch.tensor([0, 2])}), None)
+    change = surgery.exchange(weight, smaller, "weight")
+    change.make()
+    assert torch.equal(weight.held, numbers[[0, 2]])
+    change.take_back()
+    assert torch.equal(weight.held, numbers)
+    assert weight.tag == "the user's"
 
 
 def test_tied_weights_stay_tied() -> None:
