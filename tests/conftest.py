@@ -6,6 +6,9 @@ from hypothesis import settings
 
 from tests.processes import run as run
 
+# Not to be imported in search of doctests: the device would be there for all tests. test_pretend_gpu.py runs them.
+collect_ignore = ["on_pretend_gpu.py", "pretend_gpu.py"]
+
 # The nets are tiny: one thread is faster than several that wait for each other, and results are the same everywhere.
 torch.set_num_threads(1)
 
