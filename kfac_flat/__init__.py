@@ -5,6 +5,7 @@
 [Ebrahimi & Klabjan, arXiv 2111.08577].
 """
 
+from kfac_flat.chained import ChainedOptimizer
 from kfac_flat.curvature import likelihood
 from kfac_flat.curvature.measure import spectral_radii
 from kfac_flat.distributed import rewrap
@@ -16,6 +17,7 @@ from kfac_flat.pruning.scheduler import NeuronPruner
 from kfac_flat.pruning.surgery import shrink
 
 __all__ = [
+    "ChainedOptimizer",
     "CutError",
     "FlatKFAC",
     "NeuronPruner",

@@ -118,8 +118,9 @@ class FlatKFAC(OptimizerWrapper):
     With ``mu=0`` steps 1 to 4 do not happen and the trajectory is the wrapped optimizer's, bit for bit.
 
     Args:
-        optimizer: An optimizer instance over (some of) the model's parameters. ``param_groups``, ``state`` and
-            ``defaults`` stay its own: schedulers, scalers and checkpoints see one truth. Step the wrapper, not this.
+        optimizer: An optimizer instance over (some of) the model's parameters; several by :class:`ChainedOptimizer`.
+            ``param_groups``, ``state`` and ``defaults`` stay its own: schedulers, scalers and checkpoints see one
+            truth. Step the wrapper, not this.
         model: The model being trained; wrappers may be on. With several processes, the default group's (or that of a
             DistributedDataParallel given) are taken to train it together, each on its part of one batch.
         mu: Weight of the penalty, or a function of the step count. A parameter group with an entry ``"mu"`` or

@@ -63,7 +63,7 @@ class NeuronPruner:
 
     Args:
         model: The model being trained; wrapped by ``torch.compile`` if you like.
-        optimizer: Any torch optimizer over its parameters.
+        optimizer: Any torch optimizer over its parameters; several by :class:`ChainedOptimizer`.
         example_inputs: What the model is called with: a tensor, a tuple of positional or a dict of keyword arguments.
         target: Share of the budget to remove in the end, in (0, 1).
         budget: What ``target`` is a share of: the model's "neurons", its "parameters", its "macs" (multiply-accumulates

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn, optim
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
-from kfac_flat import CutError, FlatKFAC, NeuronPruner
+from kfac_flat import ChainedOptimizer, CutError, FlatKFAC, NeuronPruner
 from kfac_flat.pruning import surgery
 from tests.pruning.nets import CASES, conv
 
@@ -339,6 +339,14 @@ def test_the_pruner_lives_no_longer_than_its_user_wants() -> None:
 
 # ---------------------------------------------------------------- optimizer state
 
+
+def halves(parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+    """Train the first parameters by SGD and the others by Adam."""
+    all_of_them = list(parameters)
+    first, others = all_of_them[: len(all_of_them) // 2], all_of_them[len(all_of_them) // 2 :]
+    return ChainedOptimizer([optim.SGD(first, lr=0.05, momentum=0.9), optim.Adam(others, lr=0.01)])
+
+
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "SGD": lambda p: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-3),
     "SGD without momentum": lambda p: optim.SGD(p, lr=0.05),
@@ -354,6 +362,7 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "Rprop": lambda p: optim.Rprop(p, lr=0.001),
     "fused Adam": lambda p: optim.Adam(p, lr=0.01, fused=True),
     "Adafactor": lambda p: optim.Adafactor(p, lr=0.01),
+    "chained": halves,
 }
 
 

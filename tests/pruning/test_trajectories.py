@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 from torch.nn.utils import parametrize
 
-from kfac_flat import FlatKFAC
+from kfac_flat import ChainedOptimizer, FlatKFAC
 from tests.pruning.by_hand import (
     WIDTHS,
     Before,
@@ -136,11 +136,23 @@ def test_training_goes_on_as_that_of_a_model_built_small(kind: type[optim.Optimi
     assert compared > 1 or (kind is optim.SGD and not options.get("momentum"))
 
 
+def chained(parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+    """Matrices by Muon, where torch has it, and all else by AdamW."""
+    matrices, others = [], []
+    for p in parameters:
+        (matrices if p.dim() == 2 else others).append(p)
+    return ChainedOptimizer([getattr(optim, "Muon", optim.SGD)(matrices, lr=0.01), optim.AdamW(others, lr=0.01)])
+
+
+def test_training_by_several_optimizers_goes_on_as_that_of_a_model_built_small() -> None:
+    assert compare(chained) > 10
+
+
 @pytest.mark.parametrize("every", [1, 2, 4])
 @pytest.mark.parametrize(
     "make",
-    [lambda p: optim.SGD(p, lr=0.05, momentum=0.9), lambda p: optim.AdamW(p, lr=0.01, fused=True)],
-    ids=["SGD", "fused AdamW"],
+    [lambda p: optim.SGD(p, lr=0.05, momentum=0.9), lambda p: optim.AdamW(p, lr=0.01, fused=True), chained],
+    ids=["SGD", "fused AdamW", "chained"],
 )
 def test_training_with_a_penalty_goes_on_as_that_of_a_model_built_small(make: Make, every: int) -> None:
     compare(make, wrap=lambda optimizer, model: FlatKFAC(optimizer, model, mu=0.1, every=every))
