@@ -72,7 +72,7 @@ SETTINGS = (
     *(f"every={steps}" for steps in (4, 16)),
     "reduction=sum",
     "fisher=empirical",
-    *(f"mu={mu}" for mu in (0.003, 0.03, 0.1)),
+    *(f"mu={mu}" for mu in (0.001, 0.01, 0.03)),
     "penalty=linear",
     f"mu=0.1+{THOROUGH}",
 )

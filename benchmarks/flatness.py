@@ -52,7 +52,8 @@ from examples.digits import Images
 RESULTS = Path("benchmarks/results/flatness")
 LABELS = {
     "hgnp": "HGNP",
-    "hgnp-every-step": "HGNP at every step",
+    "hgnp-flat": "HGNP at every step",
+    "hgnp-every-step": "HGNP at every step, own labels",
     "theta": "SGD",
     "sam": "SAM",
     "spectral-radius": "spectral radius of the Hessian",
@@ -155,8 +156,8 @@ Written by `python -m benchmarks.flatness --report` from the runs of `python -m 
 deviation (number of seeds). All networks start from the same weights and see the same batches; the pruned ones lose
 their neurons by the same schedule and by Theta, so that only what the optimizer descends differs.
 
-- HGNP: as it is by default. HGNP at every step: `fisher="empirical"`, `every=1` and `mu=0.03`, all else as it is by
-  default.
+- HGNP: as it is by default. HGNP at every step: `every=1` and `mu=0.03`, all else as it is by default. Own labels:
+  `fisher="empirical"` as well.
 - rho: spectral radius of the K-FAC curvature, on {MEASURED} test images.
 - Hessian: its top eigenvalue, of the loss on {MEASURED} training images, in eval mode. BatchNorm lets a network lower
   rho and this by larger weights alone.

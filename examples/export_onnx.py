@@ -174,7 +174,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--target", type=share, default=0.75, help="share of the neurons to remove, in (0, 1)")
-    parser.add_argument("--mu", type=at_least_zero, default=0.01, help="weight of the curvature penalty")
+    parser.add_argument("--mu", type=at_least_zero, default=0.003, help="weight of the curvature penalty")
     parser.add_argument("--epochs", type=whole(2), default=8, help="epochs of training, at least 2")
     parser.add_argument("--width", type=whole(2), default=32, help="channels of the first block")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the order of the images")

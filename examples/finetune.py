@@ -197,7 +197,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="images in a folder per class; else digits")
     parser.add_argument("--size", type=whole(8), help="pixels of an image; else 224, and 32 for digits")
     parser.add_argument("--target", type=share, default=0.5, help="share of the neurons to remove, in (0, 1)")
-    parser.add_argument("--mu", type=at_least_zero, default=0.01, help="weight of the curvature penalty")
+    parser.add_argument("--mu", type=at_least_zero, default=0.003, help="weight of the curvature penalty")
     parser.add_argument("--epochs", type=whole(2), default=6, help="epochs of training, at least 2")
     parser.add_argument("--lr", type=float, default=0.02, help="peak of the one-cycle learning rate")
     parser.add_argument("--batch-size", type=whole(2), default=64, help="images in a batch")

@@ -138,8 +138,8 @@ class FlatKFAC(OptimizerWrapper):
             single batch.
         fisher: ``"sampled"``: the true Fisher, whose labels are the model's own prediction, by one random combination
             of their gradients per example (see ``kfac_flat.likelihood``); ``"empirical"``: the batch's labels, as
-            remembered by a hook on ``criterion``. The batch's labels with ``every=1`` and ``mu=0.03`` made minima of a
-            dense network about as flat as SAM's.
+            remembered by a hook on ``criterion``. With ``every=1`` and ``mu=0.03`` either made minima of a dense
+            network about as flat as SAM's.
         criterion: The loss module called in the training loop as ``criterion(model(x), y)``; for
             ``fisher="empirical"`` only.
         likelihood: What the model's output means, or the ``logits`` in it where it is a mapping, for the true Fisher:
@@ -174,7 +174,7 @@ class FlatKFAC(OptimizerWrapper):
         optimizer: Optimizer,
         model: nn.Module,
         *,
-        mu: Schedule = 0.01,
+        mu: Schedule = 0.003,
         rho_max: Schedule = 0.0,
         penalty: str = "log",
         every: int = 8,

@@ -6,8 +6,9 @@ gives all the rest. So instead of choosing between the labels' gradients g_k, of
 them up with random signs, sum_k +-sqrt(p_k) g_k, which has the same covariance, sum_k p_k g_k g_k^T, and no rare draws.
 
 Each takes the model's output ``[N, ...]`` and a random generator on its device, and returns a loss for each of the N
-examples, ``[N]``, of which only the gradient at the output means something. To autograd that gradient is a constant,
-so the curvature changes with the network in front of its output, and not by the output's growing confidence.
+examples, ``[N]``, of which only the gradient at the output means something. It can be differentiated in turn: the signs
+are held then and the probabilities are not, so that on average over the signs it comes to the derivative of the Fisher,
+all of it. With labels drawn and held, how the prediction decides what is drawn would be left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 Likelihood = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -37,19 +39,15 @@ def categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
             'likelihood="bernoulli", for regression likelihood="gaussian"'
         )
     logits = _at_least_float32(logits)
-    with torch.no_grad():
-        p = logits.softmax(1)
-        signed = p.sqrt() * _signs(p, generator)
-        gradient = p * signed.sum(1, keepdim=True) - signed
-    return _per_example((gradient * logits).sum(1)).mean(1)
+    root = (logits.log_softmax(1) / 2).exp()  # the root of a probability that underflows has no derivative
+    signed = root * _signs(root, generator)
+    return _losses(logits, root.square() * signed.sum(1, keepdim=True) - signed) / logits[0, 0].numel()
 
 
 def gaussian(mean: Tensor, generator: torch.Generator) -> Tensor:
     """Half the squared distance to a Gaussian label of unit variance around the output, summed over its axes."""
     mean = _at_least_float32(mean)
-    with torch.no_grad():
-        gradient = _signs(mean, generator)
-    return _per_example(gradient * mean).sum(1)
+    return _losses(mean, _signs(mean, generator))
 
 
 def bernoulli(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -58,10 +56,8 @@ def bernoulli(logits: Tensor, generator: torch.Generator) -> Tensor:
     The two gradients of a logit are one number but for a factor, so that its variance p (1 - p) comes out exactly.
     """
     logits = _at_least_float32(logits)
-    with torch.no_grad():
-        p = logits.sigmoid()
-        gradient = (p * (1 - p)).sqrt() * _signs(p, generator)
-    return _per_example(gradient * logits).sum(1)
+    deviation = ((logsigmoid(logits) + logsigmoid(-logits)) / 2).exp()  # the root of p (1 - p)
+    return _losses(logits, deviation * _signs(logits, generator))
 
 
 LIKELIHOODS: dict[str, Likelihood] = {"categorical": categorical, "gaussian": gaussian, "bernoulli": bernoulli}
@@ -117,6 +113,21 @@ def _at_least_float32(output: Tensor) -> Tensor:
     return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
-def _per_example(losses: Tensor) -> Tensor:
-    """View losses ``[N, ...]`` as ``[N, predictions]``."""
-    return losses.reshape(len(losses), -1)
+def _losses(output: Tensor, gradient: Tensor) -> Tensor:
+    """Return losses ``[N]`` whose gradient at the output ``[N, ...]`` is the one given, graph and all."""
+    losses: Tensor = _WithGradient.apply(output, gradient)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _WithGradient(torch.autograd.Function):
+    """Losses of which only the gradient is known, which need be that of no function."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return (gradient * output).flatten(1).sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return upstream.reshape(-1, *[1] * (gradient.dim() - 1)) * gradient, None

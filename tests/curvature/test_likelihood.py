@@ -1,4 +1,6 @@
+import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -81,13 +83,51 @@ def test_draws_follow_the_given_generator_and_leave_torchs_alone(name: str) -> N
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", sorted(LIKELIHOODS))
-def test_the_gradient_at_the_output_is_a_constant_to_autograd(name: str) -> None:
-    z = torch.tensor([[0.4, -0.7, 1.1]], dtype=torch.float64, requires_grad=True)
-    loss = LIKELIHOODS[name](z, torch.Generator().manual_seed(0)).sum()
-    (g,) = torch.autograd.grad(loss, z, create_graph=True)
-    assert g.abs().min() > 0
-    assert not g.requires_grad
+def every_sign(like: Tensor, generator: torch.Generator) -> Tensor:
+    """All signs there are, in the place of random ones, for as many copies of a prediction."""
+    return torch.tensor(list(itertools.product([-1.0, 1.0], repeat=like[0].numel())), dtype=like.dtype).view_as(like)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "analytic"),
+    [(categorical, of_softmax), (gaussian, lambda m: torch.eye(m.numel(), dtype=m.dtype)), (bernoulli, of_bernoulli)],
+)
+@pytest.mark.parametrize("prediction", [[0.1, 0.0, -0.2], [1.5, -0.5, 0.3], [-20.0, 3.0, 0.0, 1.0]])
+def test_fisher_and_its_derivative_are_the_analytic_ones_on_average_over_all_signs(
+    likelihood: Likelihood, analytic: Callable[[Tensor], Tensor], prediction: list[float], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("kfac_flat.curvature.likelihood._signs", every_sign)
+    z = torch.tensor(prediction, dtype=torch.float64, requires_grad=True)
+    v = torch.linspace(-1, 2, len(z), dtype=torch.float64)
+    outputs = z.expand(2 ** len(z), -1)
+    (g,) = torch.autograd.grad(likelihood(outputs, torch.Generator()).sum(), outputs, create_graph=True)
+    found, expected = (g @ v).square().mean(), v @ analytic(z) @ v
+    assert torch.allclose(found, expected, rtol=1e-12)
+    if likelihood is gaussian:  # whose Fisher is the same everywhere
+        assert not g.requires_grad
+        return
+    derivatives = [torch.autograd.grad(radius, z)[0] for radius in (found, expected)]
+    assert torch.allclose(*derivatives, rtol=1e-10, atol=1e-14)
+    assert derivatives[1].abs().max() > 0.01
+
+
+def test_positions_have_derivatives_of_their_own(monkeypatch: Any) -> None:
+    """Logits [N, classes, T], of which the second position is another prediction than the first."""
+    monkeypatch.setattr("kfac_flat.curvature.likelihood._signs", every_sign)
+    z = torch.tensor([[1.0, -1.0], [0.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    outputs = z.expand(16, -1, -1)
+    (g,) = torch.autograd.grad(categorical(outputs, torch.Generator()).sum(), outputs, create_graph=True)
+    (found,) = torch.autograd.grad(g.square().sum() / 16, z)
+    (expected,) = torch.autograd.grad(sum(of_softmax(z[:, t]).trace() / 4 for t in range(2)), z)
+    assert torch.allclose(found, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("likelihood", [categorical, bernoulli])
+def test_derivatives_are_finite_where_probabilities_underflow(likelihood: Likelihood) -> None:
+    z = torch.tensor([[300.0, 0.0, -300.0]], requires_grad=True)
+    (g,) = torch.autograd.grad(likelihood(z, torch.Generator().manual_seed(0)).sum(), z, create_graph=True)
+    (derivative,) = torch.autograd.grad(g.square().sum(), z)
+    assert derivative.isfinite().all()
 
 
 def test_a_confident_prediction_shows_its_curvature_in_every_draw() -> None:
