@@ -473,6 +473,9 @@ def _regrouped(
     optimizer: Optimizer, exchanged: Mapping[nn.Parameter, Sequence[tuple[str, nn.Parameter]]]
 ) -> Iterator[Change]:
     """Put parameters in place of others, in the same groups and without state."""
+    for p in exchanged:
+        if p in optimizer.state:
+            yield _forgetting(optimizer.state, p)
     for group in optimizer.param_groups:
         if any(p in exchanged for p in group["params"]):
             names = group.get("param_names", [""] * len(group["params"]))
@@ -483,9 +486,6 @@ def _regrouped(
             if "param_names" in group:
                 new["param_names"] = [name for name, _ in pairs]
             yield updating(group, new)
-    for p in exchanged:
-        if p in optimizer.state:
-            yield _forgetting(optimizer.state, p)
 
 
 def _forgetting(state: dict[Any, Any], p: nn.Parameter) -> Change:

@@ -8,9 +8,11 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from kfac_flat.wrapper import OptimizerWrapper, check_innermost
+from kfac_flat.changes import Change, make_all, setting
+from kfac_flat.wrapper import OptimizerWrapper, check_innermost, wrapper_of
 
 
 class ChainedOptimizer(Optimizer):
@@ -49,6 +51,8 @@ class ChainedOptimizer(Optimizer):
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        if isinstance(optimizers, Optimizer):
+            raise TypeError("ChainedOptimizer takes a list: ChainedOptimizer([first, second])")
         self.optimizers = tuple(optimizers)
         if not self.optimizers:
             raise ValueError("ChainedOptimizer was given no optimizer")
@@ -115,24 +119,51 @@ class ChainedOptimizer(Optimizer):
 
     # ---------------------------------------------------------------- checkpoints
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore all optimizers.
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all optimizers, in the form of one optimizer's.
 
         Raises:
-            ValueError: if it belongs to optimizers with other groups; nothing has changed then.
+            TypeError: if one of them keeps what this form has no place for.
         """
+        for optimizer in self.optimizers:
+            hooks = optimizer._optimizer_state_dict_pre_hooks or optimizer._optimizer_state_dict_post_hooks
+            if hooks or not all(isinstance(key, Tensor) for key in optimizer.state):
+                raise TypeError(
+                    f"{type(optimizer).__name__} keeps more than its parameters' state, or has hooks on its "
+                    "state_dict(): a checkpoint of the ChainedOptimizer would lack that"
+                )
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore all optimizers, or none.
+
+        Raises:
+            ValueError: if it belongs to optimizers with other groups; nothing has changed then, nor when one of the
+                optimizers refuses its part.
+        """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, dict(state_dict)) or state_dict
         saved, present = state_dict["param_groups"], self.param_groups
         if [len(group["params"]) for group in saved] != [len(group["params"]) for group in present]:
             raise ValueError(
                 "the checkpoint's parameter groups are not those of the chained optimizers: chain the same optimizers "
                 "over the same parameters, in the same order"
             )
-        groups = iter(saved)
+        groups, changes = iter(saved), []
         for optimizer in self.optimizers:
             own = list(islice(groups, len(optimizer.param_groups)))
             numbers = {number for group in own for number in group["params"]}
             state = {number: kept for number, kept in state_dict["state"].items() if number in numbers}
-            optimizer.load_state_dict({"state": state, "param_groups": own})
+            changes.append(_loading(optimizer, {"state": state, "param_groups": own}))
+        make_all(changes)
+        for told in self._optimizer_load_state_dict_post_hooks.values():
+            told(self)
+
+
+def _loading(optimizer: Optimizer, state_dict: dict[str, Any]) -> Change:
+    """Restore an optimizer; torch puts new groups and a new state in the place of the old ones."""
+    before = setting(optimizer, {"param_groups": optimizer.param_groups, "state": optimizer.state})
+    return Change(lambda: optimizer.load_state_dict(state_dict), before.take_back)
 
 
 class _States(MutableMapping[Any, Any]):
@@ -148,6 +179,17 @@ class _States(MutableMapping[Any, Any]):
         if parameter in self:  # asking for one that is not there would make it
             return self[parameter]
         return default
+
+    def pop(self, parameter: Any, *default: Any) -> Any:
+        if default and parameter not in self:
+            return default[0]
+        return self._holder(parameter).pop(parameter)
+
+    def setdefault(self, parameter: Any, default: Any = None) -> Any:
+        return self._holder(parameter).setdefault(parameter, default)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
     def __setitem__(self, parameter: Any, state: Any) -> None:
         self._holder(parameter)[parameter] = state
@@ -181,6 +223,8 @@ def _check_member(optimizer: Any) -> None:
     check_innermost("ChainedOptimizer", optimizer)
     if isinstance(optimizer, (OptimizerWrapper, ChainedOptimizer)):
         raise TypeError(f"a {name} cannot be chained: chain the optimizers inside it, and wrap the ChainedOptimizer")
+    if isinstance(wrapper_of(optimizer), OptimizerWrapper):
+        raise TypeError(f"the {name} is wrapped already, and what wraps it would be missed: wrap the ChainedOptimizer")
     if isinstance(optimizer, LBFGS):
         raise TypeError("LBFGS evaluates the loss several times in a step, so it cannot be stepped with others")
     if type(optimizer).state_dict is not Optimizer.state_dict:

@@ -140,8 +140,17 @@ def _check_types(name: str, optimizer: Any, model: Any) -> None:
             f"the optimizer is a {type(optimizer).__name__} already, and what one wrapper does to the gradients the "
             "next would do to again or undo: wrap the optimizer inside it"
         )
+    chain = wrapper_of(optimizer)
+    if chain is not None and not isinstance(chain, OptimizerWrapper):
+        raise TypeError(f"the optimizer is one of several in a {type(chain).__name__}: give {name} all of these")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+
+
+def wrapper_of(optimizer: Optimizer) -> Optimizer | None:
+    """Return the outermost optimizer that steps this one, if there is any."""
+    wrapper: Optimizer | None = getattr(optimizer, "_wrapper", lambda: None)()
+    return wrapper and (wrapper_of(wrapper) or wrapper)
 
 
 def check_innermost(name: str, optimizer: Optimizer) -> None:

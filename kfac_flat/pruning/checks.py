@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kfac_flat.pruning.surgery import difference
 from kfac_flat.structure import unwrap
-from kfac_flat.wrapper import OptimizerWrapper, check_innermost
+from kfac_flat.wrapper import OptimizerWrapper, check_innermost, wrapper_of
 
 
 def ignored(model: nn.Module, ignore: Iterable[str | type[nn.Module]]) -> dict[str, str]:
@@ -81,7 +81,7 @@ def check_kinds(model: Any, optimizer: Any) -> None:
 
 def check_shared(model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse an optimizer that does not train the model, or whose penalty would be missed."""
-    wrapper = getattr(optimizer, "_wrapper", lambda: None)()
+    wrapper = wrapper_of(optimizer)
     if wrapper is not None:
         raise ValueError(f"give NeuronPruner the {type(wrapper).__name__} itself, not the optimizer that it wraps")
     of_model = {id(p) for p in model.parameters()}

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import EigenDamagePruner, rotated
-from kfac_flat import FlatKFAC
+from kfac_flat import ChainedOptimizer, FlatKFAC
 from kfac_flat.pruning.errors import CutError
 from tests.baselines.test_fisher import Twice, most_likely
 from tests.baselines.test_kron_pruning import Refusing, permuted, random
@@ -249,9 +249,21 @@ def test_new_weights_join_the_old_ones_group_without_state_and_the_rest_keeps_it
     assert train(model, optimizer, VECTORS, 20)[-1] < 1.1
 
 
-def test_a_step_that_fails_at_the_end_leaves_everything_as_it_was() -> None:
+def one(model: nn.Module) -> optim.Optimizer:
+    return optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def several(model: nn.Module) -> optim.Optimizer:
+    first, *others = model.parameters()
+    return ChainedOptimizer([optim.SGD(part, lr=0.05, momentum=0.9) for part in ([first], others)])
+
+
+@pytest.mark.parametrize("make", [one, several])
+def test_a_step_that_fails_at_the_end_leaves_everything_as_it_was(
+    make: Callable[[nn.Module], optim.Optimizer],
+) -> None:
     model = wide()
-    optimizer = optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    optimizer = make(model)
     train(model, optimizer, VECTORS)
     pruner = pruner_of(model, VECTORS, optimizer)
     modules, parameters = dict(model.named_modules()), list(model.parameters())

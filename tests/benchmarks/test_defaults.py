@@ -54,7 +54,7 @@ def test_a_setting_makes_the_optimizer_that_it_names() -> None:
     assert isinstance(flat, FlatKFAC)
     options = flat._options
     assert (options.mu, options.penalty, options.every, options.fisher) == (0.02, "linear", 3, "empirical")
-    assert made("default")._options.mu == 0.01
+    assert made("default")._options.mu == 0.003
 
 
 @pytest.mark.parametrize("wrong", ["speed=11", "mu=fast", "mu", "sam=far"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,14 @@ def test_zero_grad_clears_all(set_to_none: bool) -> None:
     assert all(p.grad is None if set_to_none else not p.grad.any() for p in model.parameters())
 
 
+def test_zero_grad_sets_to_none_unless_told_otherwise() -> None:
+    model = small_net()
+    optimizer = chained(model)
+    train(model, optimizer, 1)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_hooks_run_before_any_optimizer_steps_and_after_all_have() -> None:
     model = small_net()
     optimizer, seen = chained(model), []
@@ -128,6 +137,26 @@ def test_groups_and_state_are_the_optimizers_own() -> None:
     assert q not in first.state
     with pytest.raises(KeyError):
         optimizer.state[nn.Parameter(torch.zeros(1))]
+    r = model[2].bias
+    assert optimizer.state.get(nn.Parameter(torch.zeros(1)), 7) == 7
+    kept = second.state[r]
+    assert optimizer.state.pop(r) is kept
+    assert r not in second.state
+    assert optimizer.state.pop(r, None) is None
+    with pytest.raises(KeyError):
+        optimizer.state.pop(r)
+    assert optimizer.state.setdefault(r, {"a": 1}) == second.state[r] == {"a": 1}
+    assert repr(optimizer.state) == repr(dict(optimizer.state))
+
+
+def test_parts_are_stepped_in_their_order() -> None:
+    model = small_net()
+    optimizer, order = chained(model), []
+    for part in optimizer.optimizers:
+        part.register_step_post_hook(lambda stepped, *_: order.append(stepped))
+    train(model, optimizer, 1)
+    assert order == list(optimizer.optimizers)
+    assert list(optimizer.state) == [*optimizer.optimizers[0].state, *optimizer.optimizers[1].state]
 
 
 def test_defaults_are_those_that_all_have_alike() -> None:
@@ -197,6 +226,65 @@ def test_a_checkpoint_has_the_form_of_one_optimizers_and_goes_on_bit_for_bit() -
     assert [g["lr"] for g in fresh.param_groups] == [0.1, 0.02, 0.01]
 
 
+def test_each_part_gets_its_own_state_and_no_other() -> None:
+    model, other = small_net(), small_net()
+    optimizer, fresh = chained(model), chained(other)
+    train(model, optimizer, 1)
+    fresh.load_state_dict(optimizer.state_dict())
+    assert [len(part.state) for part in fresh.optimizers] == [2, 2]
+    assert len(fresh.state) == 4
+
+
+def test_a_checkpoint_that_one_part_refuses_changes_none() -> None:
+    model, other = small_net(), small_net()
+    optimizer = chained(model)
+    train(model, optimizer, 2)
+    before = copy.deepcopy(optimizer.state_dict())
+    groups = [{"params": group["params"]} for group in chained(other).param_groups]
+    single = SGD(groups, lr=0.7, momentum=0.9)
+    train(other, single, 1)
+    with pytest.raises(KeyError):  # AdamW finds no step in it
+        optimizer.load_state_dict(single.state_dict())
+    train(model, optimizer, 1, start=2)
+    again = small_net()
+    its = chained(again)
+    train(again, its, 3)
+    assert equal(numbers(model), numbers(again))
+    assert before["param_groups"] == optimizer.state_dict()["param_groups"]
+
+
+def test_hooks_on_checkpoints_belong_to_the_chain() -> None:
+    model = small_net()
+    optimizer, order = chained(model), []
+    optimizer.register_state_dict_pre_hook(lambda *_: order.append("save"))
+    optimizer.register_state_dict_post_hook(lambda *_: order.append("saved"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: order.append("load"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: order.append("loaded"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert order == ["save", "saved", "load", "loaded"]
+    handle = optimizer.optimizers[1].register_state_dict_post_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="AdamW keeps more than its parameters' state, or has hooks"):
+        optimizer.state_dict()
+    handle.remove()
+    optimizer.optimizers[0].state["calls"] = 3
+    with pytest.raises(TypeError, match="SGD keeps more"):
+        optimizer.state_dict()
+
+
+def test_a_hook_may_change_what_is_loaded() -> None:
+    model = small_net()
+    optimizer = chained(model)
+    saved = optimizer.state_dict()
+
+    def doubled(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**group, "lr": 2 * group["lr"]} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(doubled)
+    optimizer.load_state_dict(saved)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.04, 0.02]
+
+
 def test_a_checkpoint_of_other_optimizers_is_refused_and_changes_nothing() -> None:
     model = small_net()
     optimizer = chained(model)
@@ -220,6 +308,8 @@ def test_copies_go_on_by_themselves(copied: Callable[[Any], Any]) -> None:
     train(model, optimizer, 2)
     at = numbers(model)
     other, its = copied((model, optimizer))
+    with pytest.raises(ValueError, match="give NeuronPruner the ChainedOptimizer itself"):
+        NeuronPruner(other, its.optimizers[1], torch.randn(1, 4), target=0.5)
     train(other, its, 2, start=2)
     assert equal(numbers(model), at)
     train(model, optimizer, 2, start=2)
@@ -290,8 +380,9 @@ def test_a_pruner_given_one_of_several_names_the_chain() -> None:
     with pytest.raises(ValueError, match="give NeuronPruner the ChainedOptimizer itself"):
         NeuronPruner(model, optimizer.optimizers[0], torch.randn(1, 4), target=0.5)
     wrapped = FlatKFAC(optimizer, model)
-    with pytest.raises(ValueError, match="give NeuronPruner the FlatKFAC itself"):
-        NeuronPruner(model, optimizer, torch.randn(1, 4), target=0.5)
+    for inner in (optimizer, *optimizer.optimizers):
+        with pytest.raises(ValueError, match="give NeuronPruner the FlatKFAC itself"):
+            NeuronPruner(model, inner, torch.randn(1, 4), target=0.5)
     assert not NeuronPruner(model, wrapped, torch.randn(1, 4), target=0.5).frozen.keys() - {"2"}
 
 
@@ -321,8 +412,8 @@ def test_kinds_that_cannot_be_chained() -> None:
     refused: list[tuple[list[Any], str]] = [
         ([matrices, model], "not Sequential"),
         ([matrices, SGD], "not type"),
-        ([FlatKFAC(matrices, model), vectors], "wrap the ChainedOptimizer"),
-        ([ChainedOptimizer([matrices]), vectors], "chain the optimizers inside it"),
+        ([FlatKFAC(members(model)[0], model), vectors], "wrap the ChainedOptimizer"),
+        ([ChainedOptimizer([members(model)[0]]), vectors], "chain the optimizers inside it"),
         ([LBFGS([model[0].weight]), vectors], "LBFGS evaluates the loss several times"),
         ([OwnForm([model[0].weight]), vectors], "checkpoints of its own form"),
     ]
@@ -337,6 +428,36 @@ def test_none_and_shared_parameters_are_refused() -> None:
         ChainedOptimizer([])
     with pytest.raises(ValueError, match="hold the same parameter"):
         ChainedOptimizer([SGD(model.parameters(), lr=0.1), AdamW([model[0].bias])])
+
+
+def test_a_chain_wants_a_list() -> None:
+    with pytest.raises(TypeError, match="takes a list"):
+        ChainedOptimizer(SGD(small_net().parameters(), lr=0.1))  # type: ignore[arg-type]
+
+
+def test_what_another_library_wraps_is_refused() -> None:
+    class Prepared(SGD):
+        optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+
+    with pytest.raises(TypeError, match="give ChainedOptimizer the optimizer inside"):
+        ChainedOptimizer([Prepared([nn.Parameter(torch.zeros(1))], lr=0.1)])
+
+
+def test_a_part_that_is_wrapped_and_a_wrapper_of_a_part_are_refused() -> None:
+    model = small_net()
+    matrices, vectors = members(model)
+    wrapped = FlatKFAC(matrices, model)
+    with pytest.raises(TypeError, match="is wrapped already"):
+        ChainedOptimizer([matrices, vectors])
+    del wrapped
+    optimizer = ChainedOptimizer([matrices, vectors])
+    for part in optimizer.optimizers:
+        with pytest.raises(TypeError, match="one of several in a ChainedOptimizer: give FlatKFAC all of these"):
+            FlatKFAC(part, model)
+    alive = weakref.ref(optimizer)
+    del optimizer
+    assert alive() is None
+    assert FlatKFAC(vectors, model)
 
 
 def test_a_group_is_added_to_one_of_the_optimizers() -> None:
