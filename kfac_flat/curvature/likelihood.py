@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from einops import reduce
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -41,7 +42,7 @@ def categorical(logits: Tensor, generator: torch.Generator) -> Tensor:
     logits = _at_least_float32(logits)
     root = (logits.log_softmax(1) / 2).exp()  # the root of a probability that underflows has no derivative
     signed = root * _signs(root, generator)
-    return _losses(logits, root.square() * signed.sum(1, keepdim=True) - signed) / logits[0, 0].numel()
+    return _losses(logits, root.square() * signed.sum(1, keepdim=True) - signed) / logits.shape[2:].numel()
 
 
 def gaussian(mean: Tensor, generator: torch.Generator) -> Tensor:
@@ -125,7 +126,7 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
-        return (gradient * output).flatten(1).sum(1)
+        return reduce(gradient * output, "n ... -> n", "sum")
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:

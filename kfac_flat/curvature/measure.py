@@ -14,6 +14,7 @@ from kfac_flat.curvature.twin import layer_names
 from kfac_flat.structure import unwrap
 
 
+@torch.inference_mode(False)
 def spectral_radii(
     model: nn.Module,
     *inputs: Any,

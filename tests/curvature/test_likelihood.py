@@ -111,6 +111,34 @@ def test_fisher_and_its_derivative_are_the_analytic_ones_on_average_over_all_sig
     assert derivatives[1].abs().max() > 0.01
 
 
+@pytest.mark.parametrize("likelihood", [categorical, bernoulli])
+def test_each_pattern_of_signs_has_the_derivative_of_its_own_sum(likelihood: Likelihood, monkeypatch: Any) -> None:
+    """Against autograd through sum_k +-sqrt(p_k) g_k, every part of it, and through weights of the examples."""
+    monkeypatch.setattr("kfac_flat.curvature.likelihood._signs", every_sign)
+    z = torch.tensor([1.5, -0.5, 0.3], dtype=torch.float64)
+    outputs, same = (z.repeat(8, 1).requires_grad_() for _ in range(2))
+    weights = torch.linspace(0.5, 2, 8, dtype=torch.float64, requires_grad=True)
+    v = torch.tensor([0.2, -1.0, 0.7], dtype=torch.float64)
+    losses = likelihood(outputs, torch.Generator())
+    (g,) = torch.autograd.grad((weights * losses).sum(), outputs, create_graph=True)
+    signs = every_sign(outputs, torch.Generator())
+    if likelihood is categorical:
+        p = same.softmax(1)
+        expected = torch.einsum("nk,nk,nkj->nj", signs, p.sqrt(), p[:, None] - torch.eye(3, dtype=torch.float64))
+    else:
+        p = same.sigmoid()
+        expected = signs * (p * (1 - p)).sqrt()
+    expected = weights[:, None] * expected
+    assert torch.allclose(g, expected, rtol=1e-12)
+    found, wanted = (
+        torch.autograd.grad((gradient @ v).square().sum(), (at, weights))
+        for gradient, at in ((g, outputs), (expected, same))
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-10, atol=1e-14)
+        assert other.abs().max() > 0.1
+
+
 def test_positions_have_derivatives_of_their_own(monkeypatch: Any) -> None:
     """Logits [N, classes, T], of which the second position is another prediction than the first."""
     monkeypatch.setattr("kfac_flat.curvature.likelihood._signs", every_sign)
@@ -128,6 +156,46 @@ def test_derivatives_are_finite_where_probabilities_underflow(likelihood: Likeli
     (g,) = torch.autograd.grad(likelihood(z, torch.Generator().manual_seed(0)).sum(), z, create_graph=True)
     (derivative,) = torch.autograd.grad(g.square().sum(), z)
     assert derivative.isfinite().all()
+
+
+def test_small_probabilities_are_not_lost_in_half_precision() -> None:
+    """exp(-18) is nothing in float16, and its root 1e-4 has three bits there."""
+    z = torch.tensor([[6.0, 0.0, -12.0]])
+    half, single = (
+        torch.autograd.grad(categorical(output, torch.Generator().manual_seed(0)).sum(), output)[0]
+        for output in (z.half().requires_grad_(), z.clone().requires_grad_())
+    )
+    assert half.dtype == torch.float16
+    assert torch.equal(half, single.half())
+    assert torch.equal(
+        categorical(z.half(), torch.Generator().manual_seed(0)), categorical(z, torch.Generator().manual_seed(0))
+    )
+
+
+@pytest.mark.parametrize("likelihood", [gaussian, bernoulli])
+def test_a_number_per_example_may_have_an_axis_of_its_own_or_none(likelihood: Likelihood) -> None:
+    with_axis = torch.tensor([[3.0], [-8.0], [0.5]], requires_grad=True)
+    without = with_axis.detach().squeeze(1).requires_grad_()
+    seen = []
+    for output in (with_axis, without):
+        losses = likelihood(output, torch.Generator().manual_seed(0))
+        assert losses.shape == (3,)
+        (g,) = torch.autograd.grad(losses.sum(), output, create_graph=True)
+        assert g.shape == output.shape
+        derivative = torch.autograd.grad(g.square().sum(), output)[0] if g.requires_grad else torch.zeros(3)
+        seen.append((losses, g.flatten(), derivative.flatten()))
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    assert seen[0][1].all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 2), (0,)])
+def test_no_examples_have_no_losses(shape: tuple[int, ...]) -> None:
+    likelihood = gaussian if len(shape) == 1 else categorical
+    output = torch.zeros(shape, requires_grad=True)
+    losses = likelihood(output, torch.Generator())
+    assert losses.shape == (0,)
+    (g,) = torch.autograd.grad(losses.sum(), output)
+    assert g.shape == shape
 
 
 def test_a_confident_prediction_shows_its_curvature_in_every_draw() -> None:

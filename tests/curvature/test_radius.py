@@ -426,6 +426,27 @@ def test_of_an_output_with_several_parts_the_logits_are_measured_and_a_callable_
         spectral_radii(nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 2)).double(), x)
 
 
+@pytest.mark.parametrize("likelihood", ["gaussian", "bernoulli"])
+def test_spectral_radii_of_one_number_per_example_need_no_axis_for_it(likelihood: str) -> None:
+    class Squeezed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).squeeze(1)
+
+    (x, _), layers = batch(20, 3), seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)))
+    expected = spectral_radii(layers, x, likelihood=likelihood)
+    assert spectral_radii(Squeezed(*layers), x, likelihood=likelihood) == expected
+    assert min(expected.values()) > 0
+
+
+def test_spectral_radii_can_be_measured_where_a_model_is_evaluated() -> None:
+    model, x, _ = network("linear")
+    expected = spectral_radii(model, x)
+    with torch.inference_mode():
+        assert spectral_radii(model, x.clone()) == expected
+    with torch.no_grad():
+        assert spectral_radii(model, x) == expected
+
+
 @pytest.mark.parametrize("kind", ["linear", "circular"])
 def test_spectral_radii_by_power_iteration_agree_with_exact_ones(kind: str) -> None:
     model, x, _ = network(kind)

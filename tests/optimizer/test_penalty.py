@@ -319,6 +319,23 @@ def test_random_signs_give_a_reproducible_penalty_whose_radius_fits_the_true_fis
     assert differs == (outputs > 1)  # the signs of a single logit do not matter
 
 
+def test_a_binary_logit_may_come_without_an_axis_of_its_own() -> None:
+    """``model(x).squeeze(1)`` for BCEWithLogitsLoss has the penalty of ``model(x)``."""
+
+    class Squeezed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).squeeze(1)
+
+    layers = seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)))
+    (x, _), y = batch(8, 4), torch.tensor([0.0, 1.0] * 4, dtype=torch.float64)
+    penalties = []
+    for model, target in ((layers, y[:, None]), (Squeezed(*layers), y)):
+        optimizer = plain(model, mu=0.3, fisher="sampled", likelihood="bernoulli")
+        penalties.append(penalty(model, optimizer, x, target, nn.BCEWithLogitsLoss()))
+    assert_gradients_close(*penalties)
+    assert any(g.any() for g in penalties[0])
+
+
 def test_labels_are_drawn_anew_at_each_refresh() -> None:
     model, (x, y) = mlp(), batch(8, 4)
     optimizer = plain(model, mu=0.3, fisher="sampled")
