@@ -161,7 +161,7 @@ class FlatKFAC(OptimizerWrapper):
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> optimizer = FlatKFAC(torch.optim.SGD(model.parameters(), lr=0.1), model, mu=0.01)
+        >>> optimizer = FlatKFAC(torch.optim.SGD(model.parameters(), lr=0.1), model)
         >>> x, y = torch.randn(16, 4), torch.randint(3, (16,))
         >>> nn.functional.cross_entropy(model(x), y).backward()
         >>> optimizer.step()
