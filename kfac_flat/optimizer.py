@@ -296,6 +296,9 @@ class FlatKFAC(OptimizerWrapper):
     def _refresh(self) -> None:
         """Compute the penalty's gradient on the last training batch."""
         call = self._calls.last()
+        if call is None and not any(float(group.get("lr", 1)) for group in self.param_groups):
+            self._forget_penalty(paused=False)  # torch's distributed checkpoints step like this to have a state
+            return
         if call is None:
             raise RuntimeError(
                 "FlatKFAC.step() has seen no forward pass of the model it was given since its last refresh: call that "

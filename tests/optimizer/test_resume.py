@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import SGD
 
 from kfac_flat import FlatKFAC
@@ -216,6 +217,25 @@ def test_after_a_bare_checkpoint_the_curvature_starts_afresh() -> None:
         assert o.input_mask_gradients() == {}
         train(m, o, 4, start=20, shape=SHAPE)
     assert same(model.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_distributed_checkpoints_load_into_an_optimizer_that_has_not_stepped(base: str) -> None:
+    """For which torch steps once at a learning rate of zero, with no forward pass before."""
+    model, optimizer = fresh(base)
+    train(model, optimizer, 3, shape=SHAPE)
+    weights, states = copy.deepcopy(get_state_dict(model, optimizer))
+    resumed, other = fresh(base)
+    set_state_dict(resumed, other, model_state_dict=weights, optim_state_dict=states)
+    assert same(resumed.state_dict(), model.state_dict())
+    assert same(other.base.state_dict()["state"], optimizer.base.state_dict()["state"])
+    reloaded, third = fresh(base)
+    reloaded.load_state_dict(model.state_dict())
+    third.load_state_dict(copy.deepcopy(optimizer.base.state_dict()))
+    for m, o in ((resumed, other), (reloaded, third)):
+        train(m, o, 4, start=3, shape=SHAPE)
+    assert same(resumed.state_dict(), reloaded.state_dict())
+    assert other.rho == third.rho > 0
 
 
 # -------------------------------------------------------------------------------------------------- what does not fit
