@@ -53,6 +53,7 @@ RESULTS = Path("benchmarks/results/flatness")
 LABELS = {
     "hgnp": "HGNP",
     "hgnp-flat": "HGNP at every step",
+    "hgnp-flat-sixteenth": "HGNP at every step, a sixteenth of the batch",
     "hgnp-every-step": "HGNP at every step, own labels",
     "theta": "SGD",
     "sam": "SAM",

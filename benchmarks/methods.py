@@ -221,6 +221,7 @@ METHODS = {
     "hgnp-thorough": Method(partial(at_every_step, mu=0.1, reduction="sum")),
     "hgnp-every-step": Method(partial(FlatKFAC, fisher="empirical", criterion=CRITERION, every=1, mu=0.03)),
     "hgnp-flat": Method(partial(FlatKFAC, every=1, mu=0.03)),
+    "hgnp-flat-sixteenth": Method(partial(FlatKFAC, every=1, mu=0.03, batch_fraction=1 / 16)),
     "hgnp-per-mac": Method(FlatKFAC, options={"per": "mac"}),
     "hybrid": Method(FlatKFAC, HybridPruner, options=HYBRID),
     "theta": Method(),  # mu = 0 in training and in Theta

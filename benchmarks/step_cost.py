@@ -181,6 +181,8 @@ ROWS: dict[str, Make] = {
     "refresh by own labels, quarter batch": flat(
         every=1, survey_every=NEVER, batch_fraction=0.25, fisher="empirical", criterion=CRITERION
     ),
+    "refresh, sixteenth batch": flat(every=1, survey_every=NEVER, batch_fraction=1 / 16),
+    "survey, sixteenth batch": flat(every=1, survey_every=1, batch_fraction=1 / 16),
     "sum over layers, quarter batch": flat(every=1, reduction="sum", batch_fraction=0.25),
     EXACT: flat(every=1, survey_every=1, batch_fraction=1.0, eigenpairs="exact"),
     "SAM": with_sam,
@@ -193,6 +195,7 @@ SCHEDULES = {
     "default": None,
     "every=1, full batch": (1, 4, "full"),
     "every=1, quarter batch": (1, 4, "quarter"),
+    "every=1, sixteenth batch": (1, 4, "sixteenth"),
     **{f"every={every}": (every, 4, "quarter") for every in (4, 8, 16)},
 }
 
