@@ -296,8 +296,8 @@ class FlatKFAC(OptimizerWrapper):
     def _refresh(self) -> None:
         """Compute the penalty's gradient on the last training batch."""
         call = self._calls.last()
-        if call is None and not any(float(group.get("lr", 1)) for group in self.param_groups):
-            self._forget_penalty(paused=False)  # torch's distributed checkpoints step like this to have a state
+        if call is None and self._moves_nothing():
+            self._forget_penalty(paused=False)
             return
         if call is None:
             raise RuntimeError(
@@ -324,6 +324,12 @@ class FlatKFAC(OptimizerWrapper):
         self._forget_calls()
         self._descend(gradient)
         self._paused = False
+
+    def _moves_nothing(self) -> bool:
+        """Tell whether gradients and learning rates are all zero: torch's distributed checkpoints make a state so."""
+        gradients = [p.grad for p in self._all_parameters() if p.grad is not None]
+        resting = bool(gradients) and not any(float(group.get("lr", 1)) for group in self.param_groups)
+        return resting and not any(g.any() for g in gradients)
 
     def _descend(self, gradient: RadiusGradient) -> None:
         """Add the penalty's gradient for the steps until the next refresh; nothing where any of it is not finite."""
