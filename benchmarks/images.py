@@ -29,6 +29,12 @@ def load_mnist(root: Path | None) -> tuple[Images, Images]:
     return train, test
 
 
+def load_few_mnist(root: Path | None) -> tuple[Images, Images]:
+    """Return the first 1,024 training images of MNIST, so few that networks overfit them, and all test images."""
+    train, test = load_mnist(root)
+    return Images(train.images[:1024], train.labels[:1024]), test
+
+
 def load_cifar(root: Path | None) -> tuple[Images, Images]:
     """Return all 50,000 training and 10,000 test images of CIFAR-10, values in [0, 1]."""
     return _cifar_part(root, True), _cifar_part(root, False)

@@ -1,10 +1,11 @@
 """What the benchmarks train: networks, images and recipes.
 
 ``digits`` takes seconds and needs no files. The others read what torchvision's own classes do, from ``--data-root``:
-``mnist-mlp`` (LeNet-300-100) and ``mnist-lenet5``; CIFAR-10 with ResNet-18, VGG-16-BN, ResNet-56 and a wide ResNet-32;
-Flowers-102 at 64 x 64 pixels with a network like AlexNet and with ResNet-18. Those named ``-small`` are for a CPU: a
-quarter of the pixels, narrower networks and, of CIFAR-10, 10,000 training and 2,000 test images. Those named
-``-pretrained`` are torchvision's networks, and start from weights that are given.
+``mnist-mlp`` (LeNet-300-100), ``mnist-lenet5``, and ``mnist-lenet5-few`` on 1,024 images, which it overfits; CIFAR-10
+with ResNet-18, VGG-16-BN, ResNet-56 and a wide ResNet-32; Flowers-102 at 64 x 64 pixels with a network like AlexNet and
+with ResNet-18. Those named ``-small`` are for a CPU: a quarter of the pixels, narrower networks and, of CIFAR-10,
+10,000 training and 2,000 test images. Those named ``-pretrained`` are torchvision's networks, and start from weights
+that are given.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks.execution import PLAIN, Execution
 from benchmarks.images import (
     augmented,
     load_cifar,
+    load_few_mnist,
     load_flowers,
     load_mnist,
     load_small_cifar,
@@ -147,6 +149,7 @@ TASKS = {
     "digits": Task(lambda _: digits.load_data("cpu"), partial(DigitsNet, 32), epochs=24, last=13, batch_size=64),
     "mnist-mlp": Task(load_mnist, lenet_300_100, epochs=12, last=7, batch_size=128, lr=0.2),
     "mnist-lenet5": Task(load_mnist, lenet5, epochs=8, last=5, batch_size=128, lr=0.05),
+    "mnist-lenet5-few": Task(load_few_mnist, lenet5, epochs=40, last=24, batch_size=128, lr=0.2),
     "cifar10-resnet18-small": small_cifar(partial(resnet18, 16)),
     "cifar10-vgg16bn-small": small_cifar(partial(vgg16_bn, 16, pools=4)),
     "cifar10-resnet56-small": small_cifar(partial(cifar_resnet, 56, 8)),

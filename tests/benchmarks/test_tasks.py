@@ -25,7 +25,7 @@ from kfac_flat import FlatKFAC, NeuronPruner
 
 SHAPES = {
     "digits": (1, 8, 8),
-    **dict.fromkeys(("mnist-mlp", "mnist-lenet5"), (1, 28, 28)),
+    **dict.fromkeys(("mnist-mlp", "mnist-lenet5", "mnist-lenet5-few"), (1, 28, 28)),
     **dict.fromkeys((name for name in TASKS if name.startswith("cifar10")), (3, 32, 32)),
     **dict.fromkeys((name for name in TASKS if name.startswith("cifar10") and name.endswith("-small")), (3, 16, 16)),
     **dict.fromkeys((name for name in TASKS if name.startswith("flowers")), (3, 64, 64)),
@@ -298,6 +298,20 @@ def test_the_small_cifar_is_the_first_images_of_each_part_with_means_of_four_pix
         assert part.labels.tolist() == [i % 10 for i in range(count)]
         four = parts[is_train][7, 2:4, 0:2, 1]
         assert part.images[7, 1, 1, 0].item() == pytest.approx(four.mean() / 255)
+
+
+def test_few_images_of_mnist_are_the_first_1024_and_all_test_images(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def mnist(root: Path, train: bool) -> SimpleNamespace:
+        count = 1030 if train else 1500
+        return SimpleNamespace(data=torch.arange(count)[:, None, None].expand(-1, 28, 28), targets=torch.arange(count))
+
+    monkeypatch.setattr("benchmarks.images.datasets", SimpleNamespace(MNIST=mnist))
+    train, test = TASKS["mnist-lenet5-few"].load(tmp_path)
+    assert train.labels.tolist() == list(range(1024))
+    assert test.labels.tolist() == list(range(1500))
+    assert train.images[:, 0, 5, 6].mul(255).round().tolist() == train.labels.tolist()
 
 
 def test_flowers_are_read_from_folders_and_from_torchvisions_files(
