@@ -283,6 +283,9 @@ class FlatKFAC(OptimizerWrapper):
         """Add the penalty's gradient, at the steps that compute it."""
         if not self._has_penalty():  # what has been added before stands for the steps until the next refresh
             self._forget_penalty(paused=self._paused or self._is_regular())
+        elif self._refreshes_next() and self._calls.last() is None and self._moves_nothing():
+            self._forget_penalty()
+            return  # no step of the training: the first one that is computes the penalty
         elif self._refreshes_next():
             self._refresh()
         else:
@@ -296,9 +299,6 @@ class FlatKFAC(OptimizerWrapper):
     def _refresh(self) -> None:
         """Compute the penalty's gradient on the last training batch."""
         call = self._calls.last()
-        if call is None and self._moves_nothing():
-            self._forget_penalty(paused=False)
-            return
         if call is None:
             raise RuntimeError(
                 "FlatKFAC.step() has seen no forward pass of the model it was given since its last refresh: call that "
@@ -326,7 +326,10 @@ class FlatKFAC(OptimizerWrapper):
         self._paused = False
 
     def _moves_nothing(self) -> bool:
-        """Tell whether gradients and learning rates are all zero: torch's distributed checkpoints make a state so."""
+        """Tell whether gradients and learning rates are all zero, so that the step changes no weight.
+
+        Torch's distributed checkpoints take such a step to make the state of an optimizer that has none.
+        """
         gradients = [p.grad for p in self._all_parameters() if p.grad is not None]
         resting = bool(gradients) and not any(float(group.get("lr", 1)) for group in self.param_groups)
         return resting and not any(g.any() for g in gradients)

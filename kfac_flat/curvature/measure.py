@@ -14,7 +14,7 @@ from kfac_flat.curvature.twin import layer_names
 from kfac_flat.structure import unwrap
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # it differentiates, wherever it is called
 def spectral_radii(
     model: nn.Module,
     *inputs: Any,
@@ -25,7 +25,8 @@ def spectral_radii(
 ) -> dict[str, float]:
     """Measure the spectral radius of each layer's Kronecker block on a batch, with the true Fisher.
 
-    The model, its mode and its buffers stay as they are; ``max`` of the values is rho [HGNP eq. 3].
+    The model, its mode and its buffers stay as they are; ``max`` of the values is rho [HGNP eq. 3]. It may be called
+    in ``torch.inference_mode()``, but not with a model that was made in it.
 
     Args:
         model: The model, in the mode (train or eval) in which it is to be measured.

@@ -159,7 +159,7 @@ def test_derivatives_are_finite_where_probabilities_underflow(likelihood: Likeli
 
 
 def test_small_probabilities_are_not_lost_in_half_precision() -> None:
-    """exp(-18) is nothing in float16, and its root 1e-4 has three bits there."""
+    """exp(-18) is nothing in float16; its root, 1e-4, is there."""
     z = torch.tensor([[6.0, 0.0, -12.0]])
     half, single = (
         torch.autograd.grad(categorical(output, torch.Generator().manual_seed(0)).sum(), output)[0]
@@ -182,6 +182,7 @@ def test_a_number_per_example_may_have_an_axis_of_its_own_or_none(likelihood: Li
         assert losses.shape == (3,)
         (g,) = torch.autograd.grad(losses.sum(), output, create_graph=True)
         assert g.shape == output.shape
+        assert g.requires_grad == (likelihood is bernoulli)
         derivative = torch.autograd.grad(g.square().sum(), output)[0] if g.requires_grad else torch.zeros(3)
         seen.append((losses, g.flatten(), derivative.flatten()))
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))

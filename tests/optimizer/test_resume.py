@@ -238,6 +238,26 @@ def test_distributed_checkpoints_load_into_an_optimizer_that_has_not_stepped(bas
     assert other.rho == third.rho > 0
 
 
+def test_a_distributed_checkpoint_before_the_first_step_changes_nothing_of_what_follows() -> None:
+    (model, optimizer), (other, theirs) = fresh(), fresh()
+    get_state_dict(model, optimizer)
+    train(model, optimizer, 1, shape=SHAPE)
+    assert optimizer.rho > 0
+    train(model, optimizer, 5, start=1, shape=SHAPE)
+    train(other, theirs, 6, shape=SHAPE)
+    assert same(snapshot(model, optimizer), snapshot(other, theirs))
+
+
+@pytest.mark.parametrize(("lr", "gradient"), [(0.0, 1.0), (0.1, 0.0)])
+def test_a_step_without_a_forward_is_refused_where_it_may_move_something(lr: float, gradient: float) -> None:
+    model, optimizer = fresh()
+    optimizer.param_groups[0]["lr"] = lr
+    for p in model.parameters():
+        p.grad = torch.full_like(p, gradient)
+    with pytest.raises(RuntimeError, match="no forward pass"):
+        optimizer.step()
+
+
 # -------------------------------------------------------------------------------------------------- what does not fit
 
 
