@@ -21,6 +21,7 @@ PAGE = Path("README.md")
 
 METHODS = {
     "hgnp": "HGNP",
+    "hgnp-thorough": "HGNP, thorough",
     "hgnp-flat-sixteenth": "HGNP, flat",
     "theta": "no penalty",
     "taylor": "Taylor",

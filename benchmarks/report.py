@@ -47,8 +47,9 @@ Written by `python -m benchmarks.report` from the runs of `python -m benchmarks.
 - Pictures: on the left at even distances, without what is marked †.
 - Area: under accuracy against sparsity, how much larger than that of {REFERENCE}, at the sparsities that both have.
 - HGNP: hgnp is as it is by default, hgnp-plain the paper's; hgnp-flat at every step with mu = 0.03, hgnp-flat-0.1 with
-  0.1, hgnp-flat-sixteenth with 0.03 on a sixteenth of each batch, hgnp-every-step that by the batch's own labels. theta
-  is its scores without a penalty.
+  0.1, hgnp-flat-sixteenth with 0.03 on a sixteenth of each batch, hgnp-every-step that by the batch's own labels;
+  hgnp-thorough by these on whole batches, linear in the sum over layers, mu = 0.1. theta is its scores without a
+  penalty.
 - Latency: of one call on {MEASURED} test images, on which rho is measured as well.
 - Sharpness: mean rise of the training loss when all weights of layers are multiplied by 1 plus normal noise of 0.1.
 """

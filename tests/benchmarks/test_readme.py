@@ -45,8 +45,8 @@ def test_a_row_for_each_task_and_level_with_the_best_mean_in_bold() -> None:
     ]
     _, _, *rows = readme.race(runs)
     assert rows == [
-        "| digits, 75% | 91.0 ± 1.4 |  |  | **93.0** |  |  |  | 1 to 2 |",
-        "| digits, 50x MACs | **50.0** |  |  |  |  |  |  | 1 |",
+        "| digits, 75% | 91.0 ± 1.4 |  |  |  | **93.0** |  |  |  | 1 to 2 |",
+        "| digits, 50x MACs | **50.0** |  |  |  |  |  |  |  | 1 |",
     ]
 
 
