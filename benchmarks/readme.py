@@ -61,7 +61,7 @@ def is_usual(run: Record) -> bool:
 def place(setting: report.Setting, level: float) -> list[str]:
     """Write a row: one task with one share of the budget removed."""
     found = {m: [r["accuracy"] for r in report.matching(setting.runs, m, level)] for m in METHODS}
-    best = max(mean(values) for values in found.values() if values)
+    best = max(mean(values) for m, values in found.items() if report.reached(setting.runs, m, level))
     cells = (bold_if(spread(v, "{:.1f}"), mean(v) == best) if v else "" for v in found.values())
     counts = sorted({len(values) for values in found.values() if values})
     what = report.asked(level, setting.budget).replace(" removed", "").replace("fewer ", "")
